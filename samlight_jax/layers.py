@@ -1,0 +1,116 @@
+"""Layers that several encoders and the decoder share; every map is channels-last."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from samlight_jax.config import EMBEDDING
+
+
+class Buffer(nnx.Variable):
+    """An array that belongs to the model but is never trained."""
+
+
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The exact GELU of PyTorch; the tanh form differs by 5e-4."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def layer_norm(width: int, epsilon: float, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm over channels, its variance about the mean as in PyTorch."""
+    return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
+
+
+class Mlp(nnx.Module):
+    """Two products with an activation between them.
+
+    Source: segment-anything, `modeling/common.py`, `MLPBlock`.
+    """
+
+    def __init__(self, width: int, hidden: int, *, activation=gelu, rngs: nnx.Rngs):
+        self.lin1 = nnx.Linear(width, hidden, rngs=rngs)
+        self.lin2 = nnx.Linear(hidden, width, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        return self.lin2(self.activation(self.lin1(x)))
+
+
+class DepthwiseConv(nnx.Module):
+    """A 3x3 convolution of every channel by itself, zero-padded, with a bias unless told not to.
+
+    Computed as nine shifted multiply-adds: they fuse into one pass, while a grouped convolution
+    has no fast path in XLA on a CPU.
+    """
+
+    def __init__(self, width: int, *, stride: int = 1, use_bias: bool = True, rngs: nnx.Rngs):
+        init = nnx.initializers.lecun_normal(in_axis=(0, 1), out_axis=-1, batch_axis=())
+        self.kernel = nnx.Param(init(rngs.params(), (3, 3, 1, width)))
+        self.bias = nnx.Param(jnp.zeros(width)) if use_bias else None
+        self.stride = stride
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        _, height, width, _ = x.shape
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        kernel = self.kernel[...]
+        out = 0 if self.bias is None else self.bias[...]
+        for dy in range(3):
+            for dx in range(3):
+                view = x[:, dy : dy + height : self.stride, dx : dx + width : self.stride]
+                out = out + view * kernel[dy, dx, 0]
+        return jnp.asarray(out)
+
+
+class ConvNorm(nnx.Module):
+    """A convolution and its batch norm, or (folded) one convolution with a bias.
+
+    Source: MobileSAM, `tiny_vit_sam.py`, `Conv2d_BN`.
+    """
+
+    def __init__(
+        self,
+        channels: tuple[int, int],
+        size: int,
+        *,
+        stride: int = 1,
+        depthwise: bool = False,
+        folded: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        if depthwise:
+            self.conv = DepthwiseConv(channels[1], stride=stride, use_bias=folded, rngs=rngs)
+        else:
+            pad = 0 if size == stride else size // 2
+            self.conv = nnx.Conv(
+                *channels, (size, size), strides=stride, padding=pad, use_bias=folded, rngs=rngs
+            )
+        if folded:
+            self.bn = None
+        else:  # torch's momentum 0.1 is 0.9 here; `train()` turns to batch statistics
+            self.bn = nnx.BatchNorm(
+                channels[1], use_running_average=True, momentum=0.9, epsilon=1e-5, rngs=rngs
+            )
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+        x = self.conv(x)
+        return x if self.bn is None else self.bn(x)
+
+
+class Neck(nnx.Module):
+    """From an encoder's width to the 256 channels of the image embedding.
+
+    Source: segment-anything, `modeling/image_encoder.py`, `ImageEncoderViT.neck`.
+    """
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        out = EMBEDDING
+        self.conv1 = nnx.Conv(width, out, (1, 1), use_bias=False, rngs=rngs)
+        self.norm1 = layer_norm(out, 1e-6, rngs=rngs)
+        self.conv2 = nnx.Conv(out, out, (3, 3), padding=1, use_bias=False, rngs=rngs)
+        self.norm2 = layer_norm(out, 1e-6, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w 256"]:
+        return self.norm2(self.conv2(self.norm1(self.conv1(x))))

@@ -1,0 +1,241 @@
+"""A model's arrays: files in and out, strict, whole or absent; building a model from them.
+
+A file is one `.safetensors` with the config, format version, source and licence as metadata, or an
+orbax directory with the same metadata in `samlight.json`. Batch norms are stored unfolded, so that
+a file can be trained on and converted back to PyTorch bit for bit; they are folded at load.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from samlight_jax.attention import group_shape, resize_rel_pos
+from samlight_jax.config import SamConfig, ViTConfig
+from samlight_jax.errors import InputError
+from samlight_jax.image_encoder import resize_pos_embed
+from samlight_jax.sam import Sam
+
+FORMAT = "1"
+ORBAX_METADATA = "samlight.json"
+
+
+def expected(config: SamConfig, *, folded: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
+    """Every array that a model of this config holds, by name, without building it."""
+    state = nnx.state(_abstract(config, folded))
+    return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+
+
+@functools.lru_cache(maxsize=16)
+def _abstract(config: SamConfig, folded: bool) -> Sam:
+    return nnx.eval_shape(lambda: Sam(config, folded=folded, rngs=nnx.Rngs(0)))
+
+
+def build(config: SamConfig, arrays: Mapping[str, np.ndarray], *, folded: bool = True) -> Sam:
+    """A model with these arrays, by the names of `expected(config)`; folded for inference.
+
+    Raises:
+      InputError: names missing or unknown, or shapes that differ; all are listed.
+    """
+    _check(config, arrays)
+    arrays = fold(arrays) if folded else arrays
+    graphdef, state = nnx.split(_abstract(config, folded))
+    leaves = [
+        (path, leaf.replace(jax.numpy.asarray(arrays[".".join(map(str, path))])))
+        for path, leaf in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graphdef, nnx.from_flat_state(leaves))
+
+
+def _check(config: SamConfig, arrays: Mapping[str, np.ndarray]) -> None:
+    want = expected(config)
+    problems = [f"missing {name} {want[name].shape}" for name in sorted(want.keys() - arrays)]
+    problems += [f"unknown {name}" for name in sorted(arrays.keys() - want)]
+    problems += [
+        f"{name} is {arrays[name].shape}, expected {want[name].shape}"
+        for name in sorted(want.keys() & arrays)
+        if arrays[name].shape != want[name].shape
+    ]
+    if problems:
+        raise InputError(
+            f"These arrays are not a {config.name!r} ({len(problems)} problems): "
+            + "; ".join(problems)
+        )
+
+
+def fold(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Folds every batch norm into the convolution before it (computed in float64)."""
+    folded = {name: array for name, array in arrays.items() if ".bn." not in name}
+    for name in arrays:
+        if name.endswith(".bn.scale"):
+            prefix = name.removesuffix("bn.scale")
+            scale, bias, mean, var = (
+                np.asarray(arrays[f"{prefix}bn.{part}"], np.float64)
+                for part in ("scale", "bias", "mean", "var")
+            )
+            factor = scale / np.sqrt(var + 1e-5)
+            kernel = arrays[f"{prefix}conv.kernel"]
+            folded[f"{prefix}conv.kernel"] = (kernel * factor).astype(kernel.dtype)
+            folded[f"{prefix}conv.bias"] = (bias - mean * factor).astype(kernel.dtype)
+    return folded
+
+
+def resize(
+    config: SamConfig, arrays: Mapping[str, np.ndarray], image_size: int
+) -> tuple[SamConfig, dict[str, np.ndarray]]:
+    """The config and arrays for another `image_size`: position tables are interpolated."""
+    resized = dataclasses.replace(config, image_size=image_size)
+    arrays = dict(arrays)
+    encoder = config.encoder
+    if image_size == config.image_size or not isinstance(encoder, ViTConfig):
+        return resized, arrays
+    name = "image_encoder.pos_embed"
+    arrays[name] = resize_pos_embed(arrays[name], resized.grid)
+    for i in range(encoder.depth if encoder.rel_pos else 0):
+        pattern = encoder.attention[i % len(encoder.attention)]
+        for axis, keys in zip("hw", group_shape(pattern, resized.grid)[0], strict=True):
+            name = f"image_encoder.blocks.{i}.attn.rel_pos_{axis}"
+            arrays[name] = resize_rel_pos(arrays[name], keys)
+    return resized, arrays
+
+
+def arrays_of(model: Sam) -> dict[str, np.ndarray]:
+    """The model's arrays by name, as numpy."""
+    flat = nnx.to_flat_state(nnx.state(model))
+    return {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in flat}
+
+
+def fingerprint(config: SamConfig, arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of the config and of every array with its name, dtype and shape."""
+    digest = hashlib.sha256(config.to_json().encode())
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def save(
+    path: str | os.PathLike[str],
+    arrays: Mapping[str, np.ndarray],
+    config: SamConfig,
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a model file, by the suffix of `path`: `.safetensors`, or else an orbax directory.
+
+    Args:
+      path: a file of that name is replaced; a directory is never.
+      arrays: by the names of `expected(config)`.
+      config: the model's.
+      metadata: more entries, such as `source` and `licence`.
+
+    Raises:
+      InputError: the arrays are not this config's, or the directory exists.
+    """
+    path = Path(path)
+    _check(config, arrays)
+    header = {**(metadata or {}), "format": FORMAT, "config": config.to_json()}
+    if path.is_dir():
+        raise InputError(f"{path} exists and is a directory; remove it or choose another name.")
+    if path.suffix == ".safetensors":
+        write_safetensors(path, arrays, header)
+        return
+
+    def write(scratch: Path) -> None:
+        import orbax.checkpoint as ocp
+
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(scratch.resolve(), dict(arrays))
+        (scratch / ORBAX_METADATA).write_text(json.dumps(header, indent=1))
+
+    _write_whole(path, write)
+
+
+def write_safetensors(
+    path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], header: Mapping[str, str]
+) -> None:
+    """Writes a .safetensors file, whole or not at all."""
+    from safetensors.numpy import save_file
+
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    _write_whole(Path(path), lambda scratch: save_file(contiguous, scratch, dict(header)))
+
+
+def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` make a file or directory beside `path`, then renames it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        write(Path(folder) / "new")
+        os.replace(Path(folder) / "new", path)
+
+
+def read(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, np.ndarray], SamConfig, dict[str, str]]:
+    """Reads a model file: (arrays by name, config, metadata).
+
+    Raises:
+      InputError: the file is missing, damaged, or not a model file of this package.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"There is no model file {path}.")
+    arrays, header = _read_orbax(path) if path.is_dir() else read_safetensors(path)
+    if "config" not in header or header.get("format") != FORMAT:
+        raise InputError(
+            f"{path} is not a model file of this package (format {header.get('format')!r}, "
+            f"expected {FORMAT!r}); convert it with: python convert/from_torch.py {path} -o OUT"
+        )
+    try:
+        config = SamConfig.from_json(header["config"])
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
+    return arrays, config, header
+
+
+def read_safetensors(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """(arrays, metadata) of a .safetensors file.
+
+    Raises:
+      InputError: missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = file.metadata() or {}
+            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+    except FileNotFoundError:
+        raise InputError(f"There is no file {path}.") from None
+    except SafetensorError as error:
+        raise InputError(
+            f"{path} is not a whole .safetensors file ({error}). If it is a PyTorch checkpoint: "
+            f"python convert/from_torch.py {path} -o model.safetensors; else get it again."
+        ) from None
+
+
+def _read_orbax(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    import orbax.checkpoint as ocp
+
+    try:
+        header = json.loads((path / ORBAX_METADATA).read_text())
+        config = SamConfig.from_json(header["config"])
+        with ocp.StandardCheckpointer() as checkpointer:
+            abstract = {n: np.empty(a.shape, a.dtype) for n, a in expected(config).items()}
+            tree = checkpointer.restore(path.resolve(), abstract)
+    except (OSError, KeyError, ValueError) as error:
+        raise InputError(f"{path} is not a whole model directory ({error}).") from error
+    return {name: np.asarray(array) for name, array in tree.items()}, header
