@@ -8,7 +8,8 @@
 from samlight_jax.build_sam import build_sam, load, sam_model_registry
 from samlight_jax.config import PRESETS, Pattern, SamConfig, TinyViTConfig, ViTConfig
 from samlight_jax.errors import InputError
-from samlight_jax.predictor import SamPredictor, encode, predict, predict_batch
+from samlight_jax.pipeline import encode, predict, predict_batch
+from samlight_jax.predictor import SamPredictor
 from samlight_jax.prompts import mask_to_input
 from samlight_jax.sam import Sam
 

@@ -34,8 +34,6 @@ class Pattern:
 
     def __post_init__(self):
         segment = self.segment
-        if isinstance(segment, list):
-            object.__setattr__(self, "segment", segment := tuple(segment))
         sizes = segment if isinstance(segment, tuple) else (segment,) if segment else ()
         if self.dilation < 1 or any(s < 1 or s % self.dilation for s in sizes):
             raise ValueError(
@@ -88,8 +86,6 @@ class TinyViTConfig:
     expand_ratio: float = 4.0  # of the first stage's MBConv blocks
 
     def __post_init__(self):
-        for field in ("widths", "depths", "heads", "windows"):
-            object.__setattr__(self, field, tuple(getattr(self, field)))
         if not len(self.widths) == len(self.depths) == len(self.heads) == len(self.windows) == 4:
             raise ValueError("TinyViT has 4 stages: widths, depths, heads, windows need 4 entries.")
 
@@ -141,8 +137,8 @@ class SamConfig:
           ValueError: not such an object, a field unknown or missing, or a value not allowed.
         """
         try:
-            fields = dict(json.loads(text))
-            encoder = dict(fields.pop("encoder"))
+            fields = _tuples(json.loads(text))
+            encoder = fields.pop("encoder")
             kind = {"vit": ViTConfig, "tiny_vit": TinyViTConfig}[encoder.pop("kind")]
             if kind is ViTConfig:
                 encoder["attention"] = tuple(Pattern(**p) for p in encoder["attention"])
@@ -152,6 +148,13 @@ class SamConfig:
                 f"The model config is not one that this version writes ({error}); convert the "
                 "checkpoint again with convert/from_torch.py."
             ) from error
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples they were."""
+    if isinstance(value, dict):
+        return {key: _tuples(each) for key, each in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def attention_scale(config: SamConfig, head_dim: int, keys: int, keys_trained: int) -> float:

@@ -159,7 +159,7 @@ def save(
             checkpointer.save(scratch.resolve(), dict(arrays))
         (scratch / ORBAX_METADATA).write_text(json.dumps(header, indent=1))
 
-    _write_whole(path, write)
+    write_whole(path, write)
 
 
 def write_safetensors(
@@ -168,16 +168,20 @@ def write_safetensors(
     """Writes a .safetensors file, whole or not at all."""
     from safetensors.numpy import save_file
 
-    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    _write_whole(Path(path), lambda scratch: save_file(contiguous, scratch, dict(header)))
+    contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    write_whole(Path(path), lambda scratch: save_file(contiguous, scratch, dict(header)))
 
 
-def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Lets `write` make a file or directory beside `path`, then renames it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        write(Path(folder) / "new")
-        os.replace(Path(folder) / "new", path)
+        new = Path(folder) / "new"
+        write(new)
+        if new.is_file():  # some writers make it readable to its owner alone
+            os.umask(umask := os.umask(0))
+            new.chmod(0o666 & ~umask)
+        os.replace(new, path)
 
 
 def read(
@@ -217,7 +221,7 @@ def read_safetensors(
     try:
         with safe_open(path, framework="numpy") as file:
             header = file.metadata() or {}
-            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, header
     except FileNotFoundError:
         raise InputError(f"There is no file {path}.") from None
     except SafetensorError as error:
