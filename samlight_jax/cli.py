@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import sys
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,7 +42,7 @@ def predict(
       json_output: a JSON file to write: scores, boxes, areas and run-length masks.
     """
     points = [_point(text) for text in point]
-    corners = _numbers("--box", box, 4) if box else None
+    corners = _numbers("--box", box, "x1,y1,x2,y2", (4,)) if box else None
     if not images:
         raise InputError("No photograph was given: samlight predict PHOTO --point x,y")
     if not points and corners is None:
@@ -52,6 +54,7 @@ def predict(
     if output and len(images) > 1 and len({image.stem for image in images}) < len(images):
         raise InputError("Two photographs have the same name; --output would overwrite one.")
 
+    _keep_compilations()
     from samlight_jax.predictor import SamPredictor
 
     predictor = SamPredictor(model)
@@ -68,16 +71,25 @@ def predict(
             failures.append(str(error))
     if json_output:
         _write_whole(json_output, json.dumps(rows).encode())
-    _print_table(rows)
+    columns = ("image", "predicted_iou", "area", "bbox", "seconds")
+    _print_columns(columns, *(tuple(str(row[name]) for name in columns) for row in rows))
     if failures:
         sentences = "; ".join(failures)
         raise InputError(f"{len(failures)} of {len(images)} photographs failed: {sentences}")
 
 
+def _keep_compilations() -> None:
+    """A second run finds what the first compiled; JAX_COMPILATION_CACHE_DIR says otherwise."""
+    import jax
+
+    from samlight_jax.build_sam import cache_folder
+
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+
+
 def _segment(predictor: Any, path: Path, points: list, box: list | None, target: Path | None):
     """One photograph: writes its overlay, returns its row of the table and of the JSON."""
-    import io
-
     from samlight_jax.draw import overlay
     from samlight_jax.preprocess import as_array
 
@@ -110,19 +122,18 @@ def _segment(predictor: Any, path: Path, points: list, box: list | None, target:
 
 
 def _point(text: str) -> tuple[float, float, int]:
-    x, y, label = _numbers("--point", text if text.count(",") == 2 else f"{text},1", 3)
+    x, y, label = (*_numbers("--point", text, "x,y or x,y,label", (2, 3)), 1)[:3]
     if label not in (0, 1):
         raise InputError(f"--point {text}: the label is {label:g}; expected 1 or 0.")
     return x, y, int(label)
 
 
-def _numbers(flag: str, text: str, count: int) -> list[float]:
-    form = {3: "x,y or x,y,label", 4: "x1,y1,x2,y2"}[count]
+def _numbers(flag: str, text: str, form: str, counts: Sequence[int]) -> list[float]:
     try:
         numbers = [float(part) for part in text.split(",")]
     except ValueError:
         numbers = []
-    if len(numbers) != count:
+    if len(numbers) not in counts:
         raise InputError(f"{flag} {text}: expected {form}, numbers with commas and no spaces.")
     return numbers
 
@@ -153,70 +164,56 @@ def _write_whole(path: Path, data: bytes) -> None:
         scratch.unlink(missing_ok=True)
 
 
-def _progress(images: Iterable[Path]) -> Iterable[Path]:
+def _progress(images: Sequence[Path]) -> Iterable[Path]:
     from rich.console import Console
     from rich.progress import track
 
-    return track(images, "segmenting", console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    return track(images, "segmenting", console=console, disable=len(images) == 1)
 
 
-def _print_table(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("image", "predicted IoU", "area (px)", "box (x, y, w, h)", "seconds")
+def _print_columns(*rows: Sequence[str]) -> None:
+    """Aligned columns, never wrapped, so that other programs can read them too."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        cells = (row["predicted_iou"], row["area"], row["bbox"], row["seconds"])
-        table.add_row(row["image"], *map(str, cells))
-    Console().print(table)
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
 
 
 def models() -> None:
     """Lists the models, their parameters, and where their weights come from."""
-    import math
-
-    from rich.console import Console
-    from rich.table import Table
-
     from samlight_jax import weights
     from samlight_jax.build_sam import find
     from samlight_jax.config import PRESETS
 
-    table = Table("model", "parameters (M)", "weights")
+    rows = []
     for name, config in PRESETS.items():
-        count = sum(
-            math.prod(array.shape) for array in weights.expected(config, folded=True).values()
-        )
+        count = sum(math.prod(array.shape) for array in weights.expected(config).values())
         try:
             where = str(find(name))
         except InputError as error:
             where = str(error)
-        table.add_row(name, f"{count / 1e6:.2f}", where)
-    Console().print(table)
+        rows.append((name, f"{count / 1e6:.1f} M", where))
+    _print_columns(("model", "parameters", "weights"), *rows)
 
 
-def info(checkpoint: tyro.conf.Positional[Path]) -> None:
+def info(checkpoint: tyro.conf.Positional[str]) -> None:
     """Prints what a model file holds: config, parameters, source, licence, fingerprint.
 
     Args:
-      checkpoint: a .safetensors file or an orbax directory that this package wrote.
+      checkpoint: a .safetensors file or an orbax directory that this package wrote, or a name.
     """
-    from rich.console import Console
-    from rich.table import Table
-
     from samlight_jax import weights
     from samlight_jax.build_sam import find
 
-    arrays, config, header = weights.read(find(str(checkpoint)))
+    arrays, config, header = weights.read(find(checkpoint))
     count = sum(array.size for array in arrays.values())
-    table = Table(show_header=False)
-    table.add_row("model", config.name)
-    table.add_row("parameters", f"{count:,} in {len(arrays)} arrays")
-    table.add_row("dtypes", ", ".join(sorted({str(array.dtype) for array in arrays.values()})))
-    table.add_row("fingerprint", weights.fingerprint(config, arrays))
-    for key, value in header.items():
-        table.add_row(key, value)
-    Console().print(table)
+    _print_columns(
+        ("model", config.name),
+        ("parameters", f"{count:,} in {len(arrays)} arrays"),
+        ("dtypes", ", ".join(sorted({str(array.dtype) for array in arrays.values()}))),
+        ("fingerprint", weights.fingerprint(config, arrays)),
+        *sorted(header.items()),
+    )
 
 
 def main() -> None:

@@ -36,9 +36,20 @@ def expected(config: SamConfig, *, folded: bool = False) -> dict[str, jax.ShapeD
     return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
 
+class _OneKey(nnx.Rngs):
+    """One key for all: tracing NNX's counted keys takes ten times as long as all the rest."""
+
+    def __init__(self):
+        pass
+
+    def params(self) -> jax.Array:
+        return jax.random.key(0)
+
+
 @functools.lru_cache(maxsize=16)
 def _abstract(config: SamConfig, folded: bool) -> Sam:
-    return nnx.eval_shape(lambda: Sam(config, folded=folded, rngs=nnx.Rngs(0)))
+    """The model's structure; no array is made."""
+    return nnx.eval_shape(lambda: Sam(config, folded=folded, rngs=_OneKey()))
 
 
 def build(config: SamConfig, arrays: Mapping[str, np.ndarray], *, folded: bool = True) -> Sam:

