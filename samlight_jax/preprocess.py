@@ -146,14 +146,14 @@ def host_pixels(image: np.ndarray, frame: Frame) -> np.ndarray:
 
 
 def device_pixels(image: jax.Array, frame: Frame) -> jax.Array:
-    """The same in jnp. uint8 is rounded after resizing, as PIL does; floats stay differentiable."""
+    """The same in jnp. uint8 is rounded after each axis, as PIL does; floats never are."""
     height, width = frame.input
-    resized = image.astype(jnp.float32)
-    if image.shape[:2] != frame.input:
-        # `antialias` widens the triangle when the image shrinks: PIL's bilinear.
-        resized = jax.image.resize(resized, (height, width, 3), "linear", antialias=True)
-    if image.dtype == jnp.uint8:
-        resized = jnp.round(resized)
-    pixels = (resized - PIXEL_MEAN) / PIXEL_STD
+    finish = (lambda x: jnp.floor(x + 0.5)) if image.dtype == jnp.uint8 else lambda x: x
+    pixels = image.astype(jnp.float32)
+    for shape in ((image.shape[0], width, 3), (height, width, 3)):
+        if pixels.shape != shape:
+            # `antialias` widens the triangle when the image shrinks: PIL's bilinear.
+            pixels = finish(jax.image.resize(pixels, shape, "linear", antialias=True))
+    pixels = (pixels - PIXEL_MEAN) / PIXEL_STD
     pad = frame.image_size - height, frame.image_size - width
     return jnp.pad(pixels, ((0, pad[0]), (0, pad[1]), (0, 0)))

@@ -1,0 +1,72 @@
+"""The house keeps its rules: imports flow one way, files stay small, modules have their tests."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MAY_IMPORT = {  # each package, and what of ours and of the heavy libraries it may import
+    "pallas_kernels": {"pallas_kernels", "jax", "numpy"},
+    "samlight_jax": {
+        *("samlight_jax", "pallas_kernels", "jax", "numpy", "flax", "jaxtyping"),
+        *("PIL", "rich", "tyro", "safetensors", "orbax"),
+    },
+    "convert": {"convert", "samlight_jax", "numpy", "onnx", "torch", "safetensors", "tyro"},
+}
+STANDARD = __import__("sys").stdlib_module_names
+
+
+def sources(package):
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imports(path):
+    """The top-level names of everything a file imports, and the full dotted names."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_imports_flow_one_way(package):
+    for path in sources(package):
+        tops = {name.split(".")[0] for name in imports(path)} - STANDARD
+        assert tops <= MAY_IMPORT[package], f"{path.relative_to(ROOT)} imports {tops}"
+
+
+def test_only_the_attention_file_knows_the_kernels():
+    users = {path.name for path in sources("samlight_jax") if "pallas_kernels" in path.read_text()}
+    importers = {
+        path.name
+        for path in sources("samlight_jax")
+        if any(name.startswith("pallas_kernels") for name in imports(path))
+    }
+    assert importers == {"attention.py"} <= users
+
+
+@pytest.mark.parametrize("package", [*MAY_IMPORT, "benchmarks", "demo", "tests"])
+def test_no_file_is_too_long(package):
+    for path in sources(package):
+        lines = len(path.read_text().splitlines())
+        assert lines <= 400, f"{path.relative_to(ROOT)} has {lines} lines"
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_no_function_is_too_long(package):
+    for path in sources(package):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                documented = ast.get_docstring(node, clean=False) or ""
+                lines = node.end_lineno - node.lineno - documented.count("\n")
+                assert lines <= 50, f"{path.relative_to(ROOT)}: {node.name} has {lines} lines"
+
+
+def test_every_module_has_its_test_file():
+    exempt = {"__init__", "__main__", "errors"}  # errors: through every command's tests
+    for package in MAY_IMPORT:
+        for path in sources(package):
+            test = ROOT / "tests" / path.relative_to(ROOT).with_name(f"test_{path.name}")
+            assert path.stem in exempt or test.exists(), f"{test.relative_to(ROOT)} is missing"
