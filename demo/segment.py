@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -20,7 +21,8 @@ from samlight_jax.draw import overlay
 from samlight_jax.errors import exit_on_error
 
 TILE = (400, 300)
-PHOTOGRAPHS = {  # x, y in pixels; a point's third number is its label, 1 foreground, 0 background
+# x, y in pixels; a point's third number is its label, 1 foreground, 0 background.
+PHOTOGRAPHS: dict[str, tuple[dict[str, Any], ...]] = {
     "coffee": (
         {"points": [(250, 200, 1)]},
         {"box": (170, 15, 415, 245)},

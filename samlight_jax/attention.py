@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,7 +57,7 @@ class Attention(nnx.Module):
         )
         return self.proj(y.reshape(*x.shape[:3], c)[:, :height, :width])
 
-    def _rel_pos(self, qkv: Array) -> dict[str, Array]:
+    def _rel_pos(self, qkv: Array) -> dict[str, Any]:
         """The decomposed relative positions of every query, from the unscaled q."""
         if self.rel_pos_h is None or self.rel_pos_w is None:
             return {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import sys
 import time
 import warnings
@@ -84,7 +85,7 @@ def _keep_compilations() -> None:
 
     from samlight_jax.build_sam import cache_folder
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
 
 

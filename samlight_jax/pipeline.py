@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from samlight_jax import prompts as prompts_
 from samlight_jax.build_sam import default_model
@@ -46,12 +47,18 @@ def _decode(model: Sam, embeddings: Any, prompts: Prompts) -> tuple[jax.Array, j
 
 def embed(image: Any, model: Sam) -> tuple[jax.Array, Frame]:
     """An image of `as_array` to its (h, w, 256) embedding and its geometry."""
-    frame = Frame(image.shape[:2], model.config.image_size)
+    frame = _frame(image, model)
     return _encode(model, _pixels(image, frame)[None])[0], frame
 
 
 def _pixels(image: Any, frame: Frame) -> Any:
-    return (host_pixels if isinstance(image, np.ndarray) else device_pixels)(image, frame)
+    if isinstance(image, np.ndarray):
+        return host_pixels(image, frame)
+    return device_pixels(image, frame)
+
+
+def _frame(image: Any, model: Sam) -> Frame:
+    return Frame((image.shape[0], image.shape[1]), model.config.image_size)
 
 
 def encode(
@@ -75,7 +82,7 @@ def encode(
     """
     model = default_model(model)
     array = as_array(image, image_format)
-    pixels = _pixels(array, Frame(array.shape[:2], model.config.image_size))
+    pixels = _pixels(array, _frame(array, model))
     return jax.tree.map(lambda x: x[0], _encode(model, pixels[None], return_features))
 
 
@@ -125,8 +132,8 @@ def predict(
         embedding, frame = embed(array, model)
     else:
         embedding = _checked_embedding(image_embedding, model)
-        frame = Frame(array.shape[:2], model.config.image_size)
-    host = prompts_.is_host(array) and not isinstance(embedding, jax.core.Tracer)
+        frame = _frame(array, model)
+    host = prompts_.is_host(array) and not isinstance(embedding, Tracer)
     return predict_one(
         model,
         embedding,
@@ -248,7 +255,7 @@ def predict_batch(
     arrays = [as_array(image, image_format) for image in images]
     if not arrays:
         raise InputError("`images` is empty; expected at least one image.")
-    frames = [Frame(array.shape[:2], model.config.image_size) for array in arrays]
+    frames = [_frame(array, model) for array in arrays]
     pixels = [_pixels(array, frame) for array, frame in zip(arrays, frames, strict=True)]
     host = prompts_.is_host(*arrays)
     masks, iou, low_res = predict_many(

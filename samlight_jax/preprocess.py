@@ -67,7 +67,7 @@ class Frame:
         return self.input[1] / self.original[1], self.input[0] / self.original[0]
 
 
-def as_array(image: ImageLike, image_format: str = "RGB") -> np.ndarray | jax.Array:
+def as_array(image: ImageLike, image_format: str = "RGB") -> Any:
     """An image as (height, width, 3) RGB.
 
     Args:
@@ -87,7 +87,7 @@ def as_array(image: ImageLike, image_format: str = "RGB") -> np.ndarray | jax.Ar
     if isinstance(image, (str, os.PathLike)):
         return _read(Path(image))
     if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
+        return _from_pil(image)
     if not isinstance(image, (np.ndarray, jax.Array)):
         raise InputError(
             f"`image` is a {type(image).__name__}; expected a path, a PIL image, a NumPy or a JAX "
@@ -116,11 +116,20 @@ def _three_channels(image: Any, image_format: str) -> Any:
     return image[..., ::-1] if image_format == "BGR" else image
 
 
+def _from_pil(image: Image.Image) -> np.ndarray:
+    if image.mode[0] in "IF":  # Pillow would cut everything above 255 off
+        raise InputError(
+            f"The image has mode {image.mode!r}, more than 8 bits a channel; expected 8: scale its "
+            "values to 0 to 255 first."
+        )
+    return np.asarray(image.convert("RGB"))
+
+
 def _read(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             Frame((image.height, image.width), 1 << 14)  # before the pixels are decoded
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            return _from_pil(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
         raise InputError(f"{path} is not an image that Pillow can read.") from None
     except FileNotFoundError:

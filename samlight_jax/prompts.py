@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from samlight_jax.config import SamConfig
 from samlight_jax.errors import InputError
@@ -99,7 +100,7 @@ def check(
 
 
 def _concrete(array: Any) -> bool:
-    return array is not None and not isinstance(array, jax.core.Tracer)
+    return array is not None and not isinstance(array, Tracer)
 
 
 def _check_points(frame: Frame, coords: Any, labels: Any, absent: bool) -> None:

@@ -1,0 +1,6 @@
+"""Attention kernels on plain arrays; depends on jax and numpy alone."""
+
+from pallas_kernels.chain import Unsupported
+from pallas_kernels.dilated_attention.api import dilated_attention, dilated_attention_qkvpacked
+
+__all__ = ["Unsupported", "dilated_attention", "dilated_attention_qkvpacked"]

@@ -1,0 +1,1 @@
+"""Attention within dilated groups of tokens: `api` is the door, `reference` the truth."""
