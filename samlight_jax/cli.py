@@ -198,7 +198,7 @@ def models() -> None:
 
 
 def info(checkpoint: tyro.conf.Positional[str]) -> None:
-    """Prints what a model file holds: config, parameters, source, licence, fingerprint.
+    """Prints what a model file holds: config, parameters, source, licence, checksum.
 
     Args:
       checkpoint: a .safetensors file or an orbax directory that this package wrote, or a name.
@@ -212,7 +212,6 @@ def info(checkpoint: tyro.conf.Positional[str]) -> None:
         ("model", config.name),
         ("parameters", f"{count:,} in {len(arrays)} arrays"),
         ("dtypes", ", ".join(sorted({str(array.dtype) for array in arrays.values()}))),
-        ("fingerprint", weights.fingerprint(config, arrays)),
         *sorted(header.items()),
     )
 

@@ -34,12 +34,14 @@ class Pattern:
 
     def __post_init__(self):
         segment = self.segment
-        sizes = segment if isinstance(segment, tuple) else (segment,) if segment else ()
+        sizes = segment if isinstance(segment, tuple) else () if segment is None else (segment,)
         if self.dilation < 1 or any(s < 1 or s % self.dilation for s in sizes):
             raise ValueError(
                 f"Pattern(segment={segment}, dilation={self.dilation}): the dilation must be 1 or "
                 "more and divide the segment on every axis."
             )
+        if self.attend_padding and not isinstance(segment, tuple):
+            raise ValueError(f"attend_padding=True needs a 2-D segment; got segment={segment}.")
         if segment is None and self.dilation != 1:
             raise ValueError(f"A pattern without a segment is dense; got dilation={self.dilation}.")
 
@@ -66,7 +68,9 @@ class ViTConfig:
     local_conv: bool = False
 
     def __post_init__(self):
-        if self.width % self.heads:
+        if not self.attention:
+            raise ValueError("attention=() holds no pattern; Pattern() is dense attention.")
+        if self.heads < 1 or self.width % self.heads:
             raise ValueError(f"width={self.width} must be a multiple of heads={self.heads}.")
         if self.stem not in ("patch", "conv"):
             raise ValueError(f"stem={self.stem!r}: expected 'patch' or 'conv'.")
@@ -88,6 +92,8 @@ class TinyViTConfig:
     def __post_init__(self):
         if not len(self.widths) == len(self.depths) == len(self.heads) == len(self.windows) == 4:
             raise ValueError("TinyViT has 4 stages: widths, depths, heads, windows need 4 entries.")
+        if any(h < 1 or w % h for w, h in zip(self.widths, self.heads, strict=True)):
+            raise ValueError(f"widths={self.widths} must be multiples of heads={self.heads}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,7 +149,7 @@ class SamConfig:
             if kind is ViTConfig:
                 encoder["attention"] = tuple(Pattern(**p) for p in encoder["attention"])
             return cls(encoder=kind(**encoder), **fields)
-        except (TypeError, KeyError, AttributeError) as error:
+        except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"The model config is not one that this version writes ({error}); convert the "
                 "checkpoint again with convert/from_torch.py."

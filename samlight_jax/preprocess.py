@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from samlight_jax.errors import InputError
 
 PIXEL_MEAN = np.array([123.675, 116.28, 103.53], np.float32)
 PIXEL_STD = np.array([58.395, 57.12, 57.375], np.float32)
-MAX_PIXELS = 1 << 28  # 16384 x 16384
+MAX_PIXELS = 1 << 27  # 11585 x 11585
 
 ImageLike = np.ndarray | jax.Array | Image.Image | str | os.PathLike[str]
 
@@ -87,7 +88,10 @@ def as_array(image: ImageLike, image_format: str = "RGB") -> Any:
     if isinstance(image, (str, os.PathLike)):
         return _read(Path(image))
     if isinstance(image, Image.Image):
-        return _from_pil(image)
+        try:
+            return _from_pil(image)
+        except OSError as error:  # the pixels of a file are read at their first use
+            raise InputError(f"The PIL image is damaged or unreadable ({error}).") from None
     if not isinstance(image, (np.ndarray, jax.Array)):
         raise InputError(
             f"`image` is a {type(image).__name__}; expected a path, a PIL image, a NumPy or a JAX "
@@ -127,15 +131,20 @@ def _from_pil(image: Image.Image) -> np.ndarray:
 
 def _read(path: Path) -> np.ndarray:
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `Frame` has a limit
+            image = Image.open(path)
+        with image:
             Frame((image.height, image.width), 1 << 14)  # before the pixels are decoded
             return _from_pil(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
         raise InputError(f"{path} is not an image that Pillow can read.") from None
     except FileNotFoundError:
         raise InputError(f"There is no image {path}.") from None
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{path}: {error}") from None
+    except Image.DecompressionBombError:
+        raise InputError(
+            f"{path} has more pixels than the {MAX_PIXELS} accepted. Make it smaller first."
+        ) from None
     except (OSError, SyntaxError, ValueError) as error:
         if isinstance(error, InputError):
             raise InputError(f"{path}: {error}") from None

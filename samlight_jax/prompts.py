@@ -198,7 +198,7 @@ def assemble(
     elif absent:
         has_mask = ~(masks == ABSENT).all(axis=(-2, -1))
     masks = masks.reshape(count, side, side).astype(xp.float32)
-    return Prompts(coords.astype(xp.float32), labels, valid, masks, has_mask)
+    return Prompts(coords.astype(xp.float32), labels.astype(xp.int32), valid, masks, has_mask)
 
 
 def _append(xp: Any, slots: tuple, coords: Any, labels: Any, valid: Any) -> tuple:

@@ -49,6 +49,7 @@ class Sam(nnx.Module):
         Mask 0 is SAM's single mask, 1 to 3 its multimask output; logits have a quarter of the
         frame's resolution. The predicted IoU is as the model gives it, not clipped.
         """
-        sparse, dense = self.prompt_encoder(jax.tree.map(jnp.asarray, prompts))
+        prompts = jax.tree.map(jnp.asarray, prompts)
+        sparse, dense = self.prompt_encoder(prompts)
         pe = self.prompt_encoder.dense_pe()
         return self.mask_decoder(embedding, pe, sparse, dense, prompts.valid)

@@ -127,8 +127,13 @@ def arrays_of(model: Sam) -> dict[str, np.ndarray]:
 
 
 def fingerprint(config: SamConfig, arrays: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 of the config and of every array with its name, dtype and shape."""
-    digest = hashlib.sha256(config.to_json().encode())
+    """SHA-256 of the config and of the arrays' `checksum`: of what makes an embedding."""
+    return hashlib.sha256((config.to_json() + checksum(arrays)).encode()).hexdigest()
+
+
+def checksum(arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over every array's name, dtype, shape and bytes, in the order of the names."""
+    digest = hashlib.sha256()
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
@@ -157,6 +162,7 @@ def save(
     path = Path(path)
     _check(config, arrays)
     header = {**(metadata or {}), "format": FORMAT, "config": config.to_json()}
+    header["sha256"] = checksum(arrays)
     if path.is_dir():
         raise InputError(f"{path} exists and is a directory; remove it or choose another name.")
     if path.suffix == ".safetensors":
@@ -168,7 +174,8 @@ def save(
 
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(scratch.resolve(), dict(arrays))
-        (scratch / ORBAX_METADATA).write_text(json.dumps(header, indent=1))
+        files = json.dumps(_file_sizes(scratch))
+        (scratch / ORBAX_METADATA).write_text(json.dumps({**header, "files": files}, indent=1))
 
     write_whole(path, write)
 
@@ -216,6 +223,11 @@ def read(
         config = SamConfig.from_json(header["config"])
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
+    if (found := checksum(arrays)) != header.get("sha256"):
+        raise InputError(
+            f"{path} is damaged: its arrays have the checksum {found[:12]}..., expected "
+            f"{str(header.get('sha256'))[:12]}...; convert or download it again."
+        )
     return arrays, config, header
 
 
@@ -248,9 +260,18 @@ def _read_orbax(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     try:
         header = json.loads((path / ORBAX_METADATA).read_text())
         config = SamConfig.from_json(header["config"])
+        # Orbax itself would leave threads behind that go on failing, on stderr.
+        wrong = json.loads(header["files"]).items() - _file_sizes(path).items()
+        if wrong:
+            raise ValueError("missing or cut: " + ", ".join(sorted(name for name, _ in wrong)))
         with ocp.StandardCheckpointer() as checkpointer:
             abstract = {n: np.empty(a.shape, a.dtype) for n, a in expected(config).items()}
             tree = checkpointer.restore(path.resolve(), abstract)
     except (OSError, KeyError, ValueError) as error:
         raise InputError(f"{path} is not a whole model directory ({error}).") from error
     return {name: np.asarray(array) for name, array in tree.items()}, header
+
+
+def _file_sizes(folder: Path) -> dict[str, int]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}

