@@ -15,8 +15,12 @@ class Buffer(nnx.Variable):
 
 
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The exact GELU of PyTorch; the tanh form differs by 5e-4."""
-    return jax.nn.gelu(x, approximate=False)
+    """The exact GELU of PyTorch; the tanh form differs by 5e-4.
+
+    By erf in float32: `jax.nn.gelu` takes erfc, which costs a CPU more.
+    """
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 
 def layer_norm(width: int, epsilon: float, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -39,6 +43,19 @@ class Mlp(nnx.Module):
         return self.lin2(self.activation(self.lin1(x)))
 
 
+class PointwiseConv(nnx.Module):
+    """A 1x1 convolution, as the matrix product that it is: on a CPU, XLA is slower otherwise."""
+
+    def __init__(self, channels: tuple[int, int], *, use_bias: bool = True, rngs: nnx.Rngs):
+        init = nnx.initializers.lecun_normal()
+        self.kernel = nnx.Param(init(rngs.params(), (1, 1, *channels)))
+        self.bias = nnx.Param(jnp.zeros(channels[1])) if use_bias else None
+
+    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b d"]:
+        y = x @ self.kernel[0, 0]
+        return y if self.bias is None else y + self.bias[...]
+
+
 class DepthwiseConv(nnx.Module):
     """A 3x3 convolution of every channel by itself, zero-padded, with a bias unless told not to.
 
@@ -55,6 +72,8 @@ class DepthwiseConv(nnx.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
         _, height, width, _ = x.shape
         x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        # Else a CPU computes the map and its padding anew for each of the nine.
+        x = jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
         kernel = self.kernel[...]
         out = 0 if self.bias is None else self.bias[...]
         for dy in range(3):
@@ -82,6 +101,8 @@ class ConvNorm(nnx.Module):
     ):
         if depthwise:
             self.conv = DepthwiseConv(channels[1], stride=stride, use_bias=folded, rngs=rngs)
+        elif size == 1:
+            self.conv = PointwiseConv(channels, use_bias=folded, rngs=rngs)
         else:
             pad = 0 if size == stride else size // 2
             self.conv = nnx.Conv(
@@ -107,7 +128,7 @@ class Neck(nnx.Module):
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         out = EMBEDDING
-        self.conv1 = nnx.Conv(width, out, (1, 1), use_bias=False, rngs=rngs)
+        self.conv1 = PointwiseConv((width, out), use_bias=False, rngs=rngs)
         self.norm1 = layer_norm(out, 1e-6, rngs=rngs)
         self.conv2 = nnx.Conv(out, out, (3, 3), padding=1, use_bias=False, rngs=rngs)
         self.norm2 = layer_norm(out, 1e-6, rngs=rngs)
