@@ -20,6 +20,7 @@ import samlight_jax
 from samlight_jax.draw import overlay
 from samlight_jax.errors import exit_on_error
 
+FOLDER = Path(__file__).parent
 TILE = (400, 300)
 # x, y in pixels; a point's third number is its label, 1 foreground, 0 background.
 PHOTOGRAPHS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -46,7 +47,6 @@ def main() -> None:
     predictor = samlight_jax.SamPredictor()
     sheet = Image.new("RGB", (3 * TILE[0], 3 * TILE[1]))
     table = Table("photograph", "prompt", "predicted IoU", "area (px)", "ms", "overlay")
-    folder = Path(__file__).parent
     # The first call compiles: it is not what a second photograph costs.
     predictor.set_image(data.coffee())
     predictor.predict(box=(170, 15, 415, 245))
@@ -68,7 +68,7 @@ def main() -> None:
             ms = 1e3 * (time.perf_counter() - start)
             best = int(np.argmax(iou))
             kind = "box" if box else ("point", "points")[len(points) > 1]
-            file = folder / f"{name}_{kind}.png"
+            file = FOLDER / f"{name}_{kind}.png"
             picture = overlay(image, masks[best], points=points, box=box)
             picture.save(file)
             sheet.paste(picture.resize(TILE), (column * TILE[0], row * TILE[1]))
@@ -76,7 +76,7 @@ def main() -> None:
             area = f"{masks[best].sum():,}"
             where = f"demo/{file.name}"
             table.add_row("", str(box or points), f"{score:.3f}", area, f"{ms:.0f}", where)
-    sheet.save(folder / "sheet.png")
+    sheet.save(FOLDER / "sheet.png")
     Console(width=120).print(table)
 
 

@@ -2,10 +2,13 @@
 
 import types
 
+import hypothesis
 import jax
 import numpy as np
 import pytest
 
+hypothesis.settings.register_profile("compiles", deadline=None)  # a first example compiles
+hypothesis.settings.load_profile("compiles")
 TOLERANCE = 1e-4  # absolute, against PyTorch
 
 

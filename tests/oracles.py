@@ -10,10 +10,8 @@ import sys
 import types
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from samlight_jax import weights
 from samlight_jax.config import Pattern, SamConfig, ViTConfig
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -123,16 +121,6 @@ def randomise(module, seed: int, std: float = 0.05):
                 draw = draw / std  # as SAM draws it
             tensor.copy_(draw)
     return module
-
-
-def random_arrays(config: SamConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random Flax arrays for every name of a model; running variances are positive."""
-    rng = np.random.default_rng(seed)
-    arrays = {
-        name: rng.standard_normal(leaf.shape, np.float32) * np.float32(0.05)
-        for name, leaf in weights.expected(config).items()
-    }
-    return {n: 1 + np.abs(a) if n.endswith(".var") else a for n, a in arrays.items()}
 
 
 TINY = SamConfig(

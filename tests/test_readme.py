@@ -11,9 +11,11 @@ import pytest
 from PIL import Image
 
 from benchmarks.report import TABLES, report
+from demo import segment
 from samlight_jax import cli, weights
 from samlight_jax.config import PRESETS
 from samlight_jax.errors import InputError
+from samlight_jax.preprocess import as_array
 from tests.models import random_arrays
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,6 +59,16 @@ def test_the_command_lines_run(folder, monkeypatch):
         cli.main()
     assert (folder / "out.png").exists() and json.loads((folder / "out.json").read_text())
     assert sorted(p.name for p in (folder / "overlays").iterdir()) == ["chelsea.png", "coffee.png"]
+
+
+def test_the_demo_writes_nine_overlays_and_a_sheet(folder, monkeypatch, capsys):
+    (folder / "demo").mkdir()
+    monkeypatch.setattr(segment, "FOLDER", folder / "demo")
+    segment.main()
+    assert capsys.readouterr().out.count("demo/") == 9
+    sizes = {path.name: as_array(path).shape for path in (folder / "demo").iterdir()}
+    assert len(sizes) == 10 and sizes["sheet.png"] == (900, 1200, 3)
+    assert sizes["coffee_box.png"] == (400, 600, 3)
 
 
 def test_the_tables_are_what_the_json_says():

@@ -9,13 +9,13 @@ import pytest
 from convert import apply
 from samlight_jax.config import PRESETS
 from samlight_jax.errors import exit_on_error
-from tests import oracles
+from tests.models import random_arrays
 
 
 @pytest.fixture(scope="session")
 def mobile_sam():
     """Random weights of MobileSAM's architecture: (Flax arrays, state dict), both numpy."""
-    arrays = oracles.random_arrays(PRESETS["mobile_sam"])
+    arrays = random_arrays(PRESETS["mobile_sam"])
     return arrays, apply.to_torch(arrays, PRESETS["mobile_sam"])
 
 

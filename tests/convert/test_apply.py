@@ -9,14 +9,14 @@ from convert import apply
 from convert.table import HUGGING_FACE
 from samlight_jax.config import PRESETS
 from samlight_jax.errors import InputError
-from tests import oracles
+from tests.models import random_arrays
 from tests.oracles import TINY
 
 
 @pytest.fixture(scope="module")
 def tiny():
     """(Flax arrays, state dict) of the tiny SAM."""
-    arrays = oracles.random_arrays(TINY)
+    arrays = random_arrays(TINY)
     return arrays, apply.to_torch(arrays, TINY)
 
 

@@ -17,6 +17,7 @@ from convert import from_torch, to_torch  # noqa: E402
 from samlight_jax import weights  # noqa: E402
 from samlight_jax.config import PRESETS  # noqa: E402
 from tests import oracles  # noqa: E402
+from tests.models import random_arrays  # noqa: E402
 
 
 def assert_same(got, want):
@@ -64,7 +65,7 @@ def from_torch_state(sam):
 def test_a_student_is_refused_with_the_way_out(tmp_path, run):
     config = PRESETS["samlight_t"]
     student = tmp_path / "student.safetensors"
-    weights.save(student, oracles.random_arrays(config), config)
+    weights.save(student, random_arrays(config), config)
     code, _, err = run(to_torch.main, student, "-o", tmp_path / "student.pth")
     assert code == 2
     assert err.startswith("error: The model 'samlight_t' has no PyTorch twin")

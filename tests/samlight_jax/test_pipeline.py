@@ -184,7 +184,7 @@ def test_twenty_photo_sizes_and_all_prompts_compile_once(model):
     assert pipeline._decode._cache_size() == 1
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(points=st.integers(0, 12), box=st.booleans(), mask=st.booleans(), seed=st.integers(0, 99))
 def test_bucket_padding_changes_nothing(model, image, points, box, mask, seed):
     parts = prompt(points, box, mask, seed)

@@ -115,7 +115,7 @@ def test_a_size_that_no_frame_takes_is_refused(size, message):
 # Pixels.
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SMALL_SIDES, SMALL_SIDES, st.sampled_from([48, 80, 112]), st.integers(0, 99))
 def test_host_pixels_are_sams_bit_for_bit(height, width, image_size, seed):
     assume(max(height, width) < 2 * image_size * min(height, width))

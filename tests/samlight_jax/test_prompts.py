@@ -41,7 +41,7 @@ def test_minus_one_is_a_token_for_predict_and_nothing_for_a_batch():
     assert tokens([[3, 4]], [-1], [-1] * 4, absent=True) == []
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 600))
 def test_any_number_of_points_fits_its_bucket(count):
     coords, labels = np.ones((1, count, 2)), np.ones((1, count))

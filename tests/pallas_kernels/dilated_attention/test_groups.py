@@ -38,7 +38,7 @@ def test_fit(size, segment, dilation, clamped, padded):
     assert (grid.segment, grid.padded) == (clamped, padded)
 
 
-@hypothesis.settings(max_examples=50, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=50, derandomize=True)
 @hypothesis.given(grids())
 def test_group_follows_the_definition(grid):
     x = tokens(grid)
@@ -52,7 +52,7 @@ def test_group_follows_the_definition(grid):
         np.testing.assert_array_equal(got[:, segment, residue, :, place], x[:, y, z])
 
 
-@hypothesis.settings(max_examples=50, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=50, derandomize=True)
 @hypothesis.given(grids())
 def test_ungroup_undoes_group(grid):
     x = tokens(grid)

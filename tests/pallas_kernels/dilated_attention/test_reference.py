@@ -111,7 +111,7 @@ def patterns(draw):
     return tuple(size), tuple(segment), tuple(dilation)
 
 
-@hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=15, derandomize=True)
 @hypothesis.given(
     patterns(), st.sampled_from(["all", "per_head"]), st.booleans(), st.integers(1, 4)
 )
