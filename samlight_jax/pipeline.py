@@ -46,9 +46,9 @@ def _decode(model: Sam, embeddings: Any, prompts: Prompts) -> tuple[jax.Array, j
 
 
 def embed(image: Any, model: Sam) -> tuple[jax.Array, Frame]:
-    """An image of `as_array` to its (h, w, 256) embedding and its geometry."""
+    """An image of `as_array` to its (1, h, w, 256) embedding and its geometry."""
     frame = _frame(image, model)
-    return _encode(model, _pixels(image, frame)[None])[0], frame
+    return _encode(model, _pixels(image, frame)[None]), frame
 
 
 def _pixels(image: Any, frame: Frame) -> Any:
@@ -128,36 +128,26 @@ def predict(
     """
     model = default_model(model)
     array = as_array(image, image_format)
-    if image_embedding is None:
-        embedding, frame = embed(array, model)
-    else:
-        embedding = _checked_embedding(image_embedding, model)
-        frame = _frame(array, model)
-    host = prompts_.is_host(array) and not isinstance(embedding, Tracer)
+    expected = (model.config.grid, model.config.grid, EMBEDDING)
+    if image_embedding is not None and image_embedding.shape != expected:
+        raise InputError(
+            f"`image_embedding` has shape {image_embedding.shape}; expected {expected}, as "
+            "encode() gives it. From SAM's (1, 256, h, w): jnp.moveaxis(embedding[0], 0, -1)."
+        )
     return predict_one(
         model,
-        embedding,
-        frame,
+        lambda: embed(array, model)[0] if image_embedding is None else image_embedding[None],
+        _frame(array, model),
         (point_coords, point_labels, box, mask_input),
         multimask_output,
         return_logits,
-        host=host,
+        host=prompts_.is_host(array),
     )
-
-
-def _checked_embedding(embedding: Any, model: Sam) -> Any:
-    expected = (model.config.grid, model.config.grid, EMBEDDING)
-    if embedding.shape != expected:
-        raise InputError(
-            f"`image_embedding` has shape {embedding.shape}; expected {expected}, as encode() "
-            "gives it. From SAM's (1, 256, h, w): jnp.moveaxis(embedding[0], 0, -1)."
-        )
-    return embedding
 
 
 def predict_one(
     model: Sam,
-    embedding: Any,
+    embedding: Callable[[], Any],
     frame: Frame,
     prompt: Sequence[Any],
     multimask_output: bool,
@@ -165,16 +155,26 @@ def predict_one(
     *,
     host: bool = True,
 ) -> Masks:
-    """`predict` from the embedding on; `host` says whether the image was one of the host."""
+    """`predict` from the prompt on.
+
+    Args:
+      model: to decode with.
+      embedding: called after the prompt's checks; (1, h, w, 256).
+      frame: of the image.
+      prompt: point_coords, point_labels, box, mask_input.
+      multimask_output: as in `predict`.
+      return_logits: as in `predict`.
+      host: whether the image was one of the host.
+    """
     coords, labels, box, mask = _arrays("", prompt)
     rows = [None if x is None else x[None] for x in (coords, labels, box)] + [mask]
-    if mask is not None and (mask.ndim != 3 or mask.shape[0] != 1):
+    if mask is not None and mask.shape[0] != 1:
         raise InputError(f"`mask_input` has shape {mask.shape}; expected one mask, (1, h, w).")
     prompts_.check(frame, model.config, *rows, absent=False)
     prompts = prompts_.assemble(frame, model.config, 1, *rows, absent=False)
     one = jax.tree.map(lambda x: x[None], prompts)
-    low_res, iou = _decode(model, embedding[None], one)
-    host = host and prompts_.is_host(*rows)
+    low_res, iou = _decode(model, embedding(), one)
+    host = host and prompts_.is_host(*rows) and not isinstance(low_res, Tracer)
     return _finish(low_res[0, 0], iou[0, 0], frame, host, multimask_output, return_logits)
 
 
@@ -282,13 +282,14 @@ def predict_many(
     *,
     host: bool = True,
 ) -> tuple[list[Any], Any, Any]:
-    """`predict_batch` with a list of masks; `embeddings` is called after the prompts' checks."""
+    """`predict_batch` from the prompts on, with a list of masks; see `predict_one`."""
     given = _arrays("b, q, ", prompt)
     count = _count(len(frames), given)
     host = host and prompts_.is_host(*given)
     padded = 1 << (count - 1).bit_length() if host else count  # few compilations
     prompts = _batch_prompts(model, frames, given, count, padded)
     low_res, iou = _decode(model, embeddings(), prompts)
+    host = host and not isinstance(low_res, Tracer)
     # A row without any prompt is padding: no mask, and no faith in it.
     xp = np if host else jnp
     present = (prompts.valid.any(axis=-1) | prompts.has_mask)[:, :count]

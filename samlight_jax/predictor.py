@@ -33,7 +33,8 @@ class SamPredictor:
 
     def set_image(self, image: ImageLike, image_format: str = "RGB") -> None:
         """Computes the embedding of an image (see `predict`), for the calls that follow."""
-        self._held = embed(as_array(image, image_format), self.model)
+        embedding, frame = embed(as_array(image, image_format), self.model)
+        self._held = embedding[0], frame
 
     def predict(
         self,
@@ -47,7 +48,9 @@ class SamPredictor:
         """As `samlight_jax.predict`, on the image that was set."""
         embedding, frame = self._image()
         prompt = (point_coords, point_labels, box, mask_input)
-        return predict_one(self.model, embedding, frame, prompt, multimask_output, return_logits)
+        return predict_one(
+            self.model, lambda: embedding[None], frame, prompt, multimask_output, return_logits
+        )
 
     def predict_batch(
         self,

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -166,6 +167,23 @@ def test_gradients_reach_the_image_the_prompts_and_the_embedding(model, image):
     step = 2.0 * gradients[0] / length
     ends = [loss(arguments[0] + sign * step, *arguments[1:]) for sign in (1, -1)]
     np.testing.assert_allclose((ends[0] - ends[1]) / 4.0, length, rtol=0.05)
+
+
+def test_gradients_reach_the_model_from_a_host_image(model, image):
+    def loss(model):
+        return samlight_jax.predict(image, **BOX, model=model, return_logits=True)[0].mean()
+
+    gradient = jax.grad(loss, allow_int=True)(model)
+    largest = jax.tree.map(lambda x: float(jnp.abs(x).max()), nnx.state(gradient, nnx.Param))
+    assert max(jax.tree.leaves(largest)) > 0
+
+
+def test_a_bad_prompt_is_refused_before_the_encoder_runs(model, image, monkeypatch):
+    monkeypatch.setattr(pipeline, "_encode", None)
+    with pytest.raises(InputError, match="is empty"):
+        samlight_jax.predict(image, box=[9, 9, 3, 3], model=model)
+    with pytest.raises(InputError, match="is empty"):
+        samlight_jax.predict_batch([image], boxes=[[[9, 9, 3, 3]]], model=model)
 
 
 def test_twenty_photo_sizes_and_all_prompts_compile_once(model):
