@@ -74,8 +74,9 @@ def encode(
       image: see `predict`.
       model: see `predict`.
       image_format: "RGB" or "BGR".
-      return_features: also return the encoder's outputs by name: `patch_embed` and `blocks.0` ...
-        (ViT) or `layers.0` ... (TinyViT), each (h, w, channels).
+      return_features: also return the outputs of the encoder's parts, by their names in the model:
+        `patch_embed`, `blocks.0` ... (ViT), `layers.0.blocks.0`, `layers.0.downsample` ...
+        (TinyViT), each (h, w, channels).
 
     Returns:
       (h, w, 256) float32, channels last, h = w = image_size / 16; with `return_features` a pair.
@@ -252,6 +253,12 @@ def predict_batch(
       InputError: a bad image or prompt, or counts that differ, in one sentence.
     """
     model = default_model(model)
+    if isinstance(images, (str, os.PathLike)) or (
+        isinstance(images, (np.ndarray, jax.Array))
+        and images.ndim < 4
+        and images.shape[-1] in (3, 4)
+    ):
+        raise InputError("`images` is a single image; expected several. For one, write [image].")
     arrays = [as_array(image, image_format) for image in images]
     if not arrays:
         raise InputError("`images` is empty; expected at least one image.")

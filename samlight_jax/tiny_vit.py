@@ -119,7 +119,7 @@ class TinyViTBlock(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """The blocks of one stage and the way to the next."""
+    """The blocks of one stage and the way to the next; `TinyViT` runs them."""
 
     def __init__(self, encoder: TinyViTConfig, stage: int, *, folded: bool, rngs: nnx.Rngs):
         width, hidden = encoder.widths[stage], int(encoder.widths[stage] * encoder.expand_ratio)
@@ -137,11 +137,6 @@ class Stage(nnx.Module):
             widths = (width, encoder.widths[stage + 1])
             self.downsample = PatchMerging(widths, STRIDES[stage], folded=folded, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
-        for block in self.blocks:
-            x = block(x)
-        return x if self.downsample is None else self.downsample(x)
-
 
 class TinyViT(nnx.Module):
     """A stem, a convolutional stage, three stages of window attention, and SAM's neck."""
@@ -156,8 +151,11 @@ class TinyViT(nnx.Module):
     def __call__(
         self, x: Float[Array, "b y x 3"]
     ) -> tuple[Float[Array, "b h w 256"], dict[str, Array]]:
-        """Pixels to (embedding, features): the outputs of the stem and of every stage, by name."""
+        """Pixels to (embedding, features): the outputs of stem, blocks and mergings, by name."""
         features = {"patch_embed": (x := self.patch_embed(x))}
         for i, stage in enumerate(self.layers):
-            features[f"layers.{i}"] = x = stage(x)
+            for j, block in enumerate(stage.blocks):
+                features[f"layers.{i}.blocks.{j}"] = x = block(x)
+            if stage.downsample is not None:
+                features[f"layers.{i}.downsample"] = x = stage.downsample(x)
         return self.neck(x), features

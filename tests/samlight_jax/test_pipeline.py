@@ -333,6 +333,9 @@ def test_bad_prompts_get_one_sentence(model, image, parts, sentence, where):
 
 def test_batches_that_do_not_fit_are_refused(model, image):
     run = samlight_jax.predict_batch
+    for single in ("photo.png", image, jnp.asarray(image)):
+        with pytest.raises(InputError, match=r"is a single image; .* write \[image\]"):
+            run(single, boxes=np.ones((1, 1, 4)), model=model)
     with pytest.raises(InputError, match="`images` is empty"):
         run([], boxes=np.ones((0, 1, 4)), model=model)
     with pytest.raises(InputError, match="for 1 images; expected one"):
