@@ -33,7 +33,7 @@ class Attention(nnx.Module):
             self.rel_pos_h = self.rel_pos_w = None
         else:
             head_dim = encoder.width // encoder.heads
-            (rows, columns), _ = group_shape(pattern, config.grid)
+            rows, columns = group_shape(pattern, config.grid)
             self.rel_pos_h = nnx.Param(jnp.zeros((2 * rows - 1, head_dim)))
             self.rel_pos_w = nnx.Param(jnp.zeros((2 * columns - 1, head_dim)))
 
@@ -46,7 +46,7 @@ class Attention(nnx.Module):
             x = jnp.pad(x, ((0, 0), (0, bottom), (0, right), (0, 0)))
         qkv = self.qkv(x).reshape(*x.shape[:3], 3, self.heads, c // self.heads)
         keys, trained = (
-            np.prod(group_shape(pattern, grid)[0]) for grid in (self.config.grid, TRAINED_GRID)
+            np.prod(group_shape(pattern, grid)) for grid in (self.config.grid, TRAINED_GRID)
         )
         scale = attention_scale(self.config, c // self.heads, int(keys), int(trained))
         if isinstance(pattern.segment, int):
@@ -72,15 +72,15 @@ class Attention(nnx.Module):
         }
 
 
-def group_shape(pattern: Pattern, grid: int) -> tuple[tuple[int, int], int]:
-    """((rows, columns) of keys that one query sees on a square grid of tokens, the dilation)."""
+def group_shape(pattern: Pattern, grid: int) -> tuple[int, int]:
+    """(rows, columns) of keys that one query sees on a square grid of tokens."""
     r = pattern.dilation
     if isinstance(pattern.segment, int):
-        return (1, _clamped(pattern.segment, grid * grid, r) // r), r
+        return 1, _clamped(pattern.segment, grid * grid, r) // r
     rows, columns = pattern.segment or (grid, grid)
     if not pattern.attend_padding:
         rows, columns = _clamped(rows, grid, r), _clamped(columns, grid, r)
-    return (rows // r, columns // r), r
+    return rows // r, columns // r
 
 
 def _clamped(segment: int, axis: int, dilation: int) -> int:

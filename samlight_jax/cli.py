@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -13,10 +12,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import numpy as np
 import tyro
+from rich.console import Console
+from rich.progress import track
 
+from samlight_jax import weights
+from samlight_jax.build_sam import cache_folder, find
+from samlight_jax.config import PRESETS
+from samlight_jax.draw import overlay
 from samlight_jax.errors import InputError, exit_on_error
+from samlight_jax.predictor import SamPredictor
+from samlight_jax.preprocess import as_array
 
 _arg = tyro.conf.arg
 
@@ -58,8 +66,6 @@ def predict(
         raise InputError("Two photographs have the same name; --output would overwrite one.")
 
     _keep_compilations()
-    from samlight_jax.predictor import SamPredictor
-
     predictor = SamPredictor(model)
     rows, failures = [], []
     for image in _progress(images):
@@ -73,7 +79,8 @@ def predict(
                 raise
             failures.append(str(error))
     if json_output:
-        _write_whole(json_output, json.dumps(rows).encode())
+        text = json.dumps(rows)
+        weights.write_whole(json_output, lambda scratch: scratch.write_text(text))
     columns = ("image", "predicted_iou", "area", "bbox", "seconds")
     _print_columns(columns, *(tuple(str(row[name]) for name in columns) for row in rows))
     if failures:
@@ -83,19 +90,14 @@ def predict(
 
 def _keep_compilations() -> None:
     """A second run finds what the first compiled; JAX_COMPILATION_CACHE_DIR says otherwise."""
-    import jax
-
-    from samlight_jax.build_sam import cache_folder
-
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
 
 
-def _segment(predictor: Any, path: Path, points: list, box: list | None, target: Path | None):
+def _segment(
+    predictor: SamPredictor, path: Path, points: list, box: list | None, target: Path | None
+) -> dict[str, Any]:
     """One photograph: writes its overlay, returns its row of the table and of the JSON."""
-    from samlight_jax.draw import overlay
-    from samlight_jax.preprocess import as_array
-
     start = time.perf_counter()
     image = np.asarray(as_array(path))
     predictor.set_image(image)
@@ -109,9 +111,8 @@ def _segment(predictor: Any, path: Path, points: list, box: list | None, target:
     mask = masks[best]
     seconds = time.perf_counter() - start
     if target:
-        buffer = io.BytesIO()
-        overlay(image, mask, points=points, box=box).save(buffer, "PNG")
-        _write_whole(target, buffer.getvalue())
+        picture = overlay(image, mask, points=points, box=box)
+        weights.write_whole(target, lambda scratch: picture.save(scratch, "PNG"))
     return {
         "image": str(path),
         "predicted_iou": round(float(np.clip(iou[best], 0, 1)), 4),
@@ -157,20 +158,7 @@ def _run_lengths(mask: np.ndarray) -> list[int]:
     return np.diff(np.concatenate([[0], changes, [mask.size]])).tolist()
 
 
-def _write_whole(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.part")
-    try:
-        scratch.write_bytes(data)
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
 def _progress(images: Sequence[Path]) -> Iterable[Path]:
-    from rich.console import Console
-    from rich.progress import track
-
     console = Console(stderr=True)
     return track(images, "segmenting", console=console, disable=len(images) == 1)
 
@@ -184,10 +172,6 @@ def _print_columns(*rows: Sequence[str]) -> None:
 
 def models() -> None:
     """Lists the models, their parameters, and where their weights come from."""
-    from samlight_jax import weights
-    from samlight_jax.build_sam import find
-    from samlight_jax.config import PRESETS
-
     rows = []
     for name, config in PRESETS.items():
         count = sum(math.prod(array.shape) for array in weights.expected(config).values())
@@ -205,9 +189,6 @@ def info(checkpoint: tyro.conf.Positional[str]) -> None:
     Args:
       checkpoint: a .safetensors file or an orbax directory that this package wrote, or a name.
     """
-    from samlight_jax import weights
-    from samlight_jax.build_sam import find
-
     arrays, config, header = weights.read(find(checkpoint))
     count = sum(array.size for array in arrays.values())
     _print_columns(

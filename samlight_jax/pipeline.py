@@ -130,14 +130,18 @@ def predict(
     model = default_model(model)
     array = as_array(image, image_format)
     expected = (model.config.grid, model.config.grid, EMBEDDING)
-    if image_embedding is not None and image_embedding.shape != expected:
+    if image_embedding is not None and np.shape(image_embedding) != expected:
         raise InputError(
-            f"`image_embedding` has shape {image_embedding.shape}; expected {expected}, as "
+            f"`image_embedding` has shape {np.shape(image_embedding)}; expected {expected}, as "
             "encode() gives it. From SAM's (1, 256, h, w): jnp.moveaxis(embedding[0], 0, -1)."
         )
     return predict_one(
         model,
-        lambda: embed(array, model)[0] if image_embedding is None else image_embedding[None],
+        lambda: (
+            embed(array, model)[0]
+            if image_embedding is None
+            else jnp.asarray(image_embedding)[None]
+        ),
         _frame(array, model),
         (point_coords, point_labels, box, mask_input),
         multimask_output,
@@ -167,7 +171,7 @@ def predict_one(
       return_logits: as in `predict`.
       host: whether the image was one of the host.
     """
-    coords, labels, box, mask = _arrays("", prompt)
+    coords, labels, box, mask = _arrays(_ONE, prompt)
     rows = [None if x is None else x[None] for x in (coords, labels, box)] + [mask]
     if mask is not None and mask.shape[0] != 1:
         raise InputError(f"`mask_input` has shape {mask.shape}; expected one mask, (1, h, w).")
@@ -179,28 +183,32 @@ def predict_one(
     return _finish(low_res[0, 0], iou[0, 0], frame, host, multimask_output, return_logits)
 
 
-_SHAPES = (  # of one prompt: name, axes, rank, size of the last axis
-    ("point_coords", "n, 2", 2, 2),
-    ("point_labels", "n", 1, None),
-    ("box", "4", 1, 4),
-    ("mask_input", "256, 256", 2, None),
+# The parts of a prompt: name, shape, rank, size of the last axis.
+_ONE = (
+    ("point_coords", "(n, 2), x then y", 2, 2),
+    ("point_labels", "(n,)", 1, None),
+    ("box", "(4,): x1, y1, x2, y2", 1, 4),
+    ("mask_input", "(1, 256, 256)", 3, None),
+)
+_BATCH = (
+    ("point_coords", "(b, q, n, 2), x then y", 4, 2),
+    ("point_labels", "(b, q, n)", 3, None),
+    ("boxes", "(b, q, 4): x1, y1, x2, y2", 3, 4),
+    ("mask_inputs", "(b, q, 256, 256)", 4, None),
 )
 
 
-def _arrays(lead: str, prompt: Sequence[Any]) -> list[Any]:
-    """The four parts of a prompt as arrays of numbers, host or device; `lead` names more axes."""
+def _arrays(parts: Sequence[tuple], prompt: Sequence[Any]) -> list[Any]:
+    """The four parts of a prompt as arrays of numbers, host or device."""
     arrays: list[Any] = []
-    for value, (name, axes, rank, last) in zip(prompt, _SHAPES, strict=True):
+    for value, (name, shape, rank, last) in zip(prompt, parts, strict=True):
         if value is not None and not isinstance(value, jax.Array):
             try:
                 value = np.asarray(value, np.float64)
             except (TypeError, ValueError) as error:
                 raise InputError(f"`{name}` is not an array of numbers ({error}).") from None
-        rank += len(lead.split())
-        if name == "mask_input" and not lead:
-            axes, rank = "1, 256, 256", 3
         if value is not None and (value.ndim != rank or last not in (None, value.shape[-1])):
-            raise InputError(f"`{name}` has shape {value.shape}; expected ({lead}{axes}).")
+            raise InputError(f"`{name}` has shape {value.shape}; expected {shape}.")
         arrays.append(value)
     return arrays
 
@@ -263,11 +271,15 @@ def predict_batch(
     if not arrays:
         raise InputError("`images` is empty; expected at least one image.")
     frames = [_frame(array, model) for array in arrays]
-    pixels = [_pixels(array, frame) for array, frame in zip(arrays, frames, strict=True)]
     host = prompts_.is_host(*arrays)
+
+    def embeddings() -> jax.Array:
+        pixels = [_pixels(array, frame) for array, frame in zip(arrays, frames, strict=True)]
+        return _encode(model, (np if host else jnp).stack(pixels))
+
     masks, iou, low_res = predict_many(
         model,
-        lambda: _encode(model, (np if host else jnp).stack(pixels)),
+        embeddings,
         frames,
         (point_coords, point_labels, boxes, mask_inputs),
         multimask_output,
@@ -290,7 +302,7 @@ def predict_many(
     host: bool = True,
 ) -> tuple[list[Any], Any, Any]:
     """`predict_batch` from the prompts on, with a list of masks; see `predict_one`."""
-    given = _arrays("b, q, ", prompt)
+    given = _arrays(_BATCH, prompt)
     count = _count(len(frames), given)
     host = host and prompts_.is_host(*given)
     padded = 1 << (count - 1).bit_length() if host else count  # few compilations

@@ -33,8 +33,7 @@ class SamPredictor:
 
     def set_image(self, image: ImageLike, image_format: str = "RGB") -> None:
         """Computes the embedding of an image (see `predict`), for the calls that follow."""
-        embedding, frame = embed(as_array(image, image_format), self.model)
-        self._held = embedding[0], frame
+        self._held = embed(as_array(image, image_format), self.model)
 
     def predict(
         self,
@@ -49,7 +48,7 @@ class SamPredictor:
         embedding, frame = self._image()
         prompt = (point_coords, point_labels, box, mask_input)
         return predict_one(
-            self.model, lambda: embedding[None], frame, prompt, multimask_output, return_logits
+            self.model, lambda: embedding, frame, prompt, multimask_output, return_logits
         )
 
     def predict_batch(
@@ -76,19 +75,24 @@ class SamPredictor:
         """
         embedding, frame = self._image()
         if mask_inputs is not None:
-            mask_inputs = mask_inputs[:, 0]
+            if np.ndim(mask_inputs) != 4 or np.shape(mask_inputs)[1] != 1:
+                raise InputError(
+                    f"`mask_inputs` has shape {np.shape(mask_inputs)}; expected (q, 1, 256, 256)."
+                )
+            xp = jnp if isinstance(mask_inputs, jax.Array) else np
+            mask_inputs = xp.asarray(mask_inputs)[:, 0]
         prompt = [
             None if part is None else part[None] if hasattr(part, "ndim") else [part]
             for part in (point_coords, point_labels, boxes, mask_inputs)
         ]
         masks, iou, low_res = predict_many(
-            self.model, lambda: embedding[None], [frame], prompt, multimask_output, return_logits
+            self.model, lambda: embedding, [frame], prompt, multimask_output, return_logits
         )
         return masks[0], iou[0], low_res[0]
 
     def get_image_embedding(self) -> jax.Array:
         """(1, 256, h, w), channels first as in SAM."""
-        return jnp.moveaxis(self._image()[0], -1, 0)[None]
+        return jnp.moveaxis(self._image()[0], -1, 1)
 
     def reset_image(self) -> None:
         """Forgets the image."""

@@ -15,6 +15,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,8 +33,16 @@ ORBAX_METADATA = "samlight.json"
 
 def expected(config: SamConfig, *, folded: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
     """Every array that a model of this config holds, by name, without building it."""
-    state = nnx.state(_abstract(config, folded))
-    return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+    return _values(_abstract(config, folded))
+
+
+def _values(model: Sam) -> dict[str, Any]:
+    flat = nnx.to_flat_state(nnx.state(model))
+    return {_name(path): leaf.get_value() for path, leaf in flat}
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return ".".join(map(str, path))
 
 
 class _OneKey(nnx.Rngs):
@@ -62,7 +71,7 @@ def build(config: SamConfig, arrays: Mapping[str, np.ndarray], *, folded: bool =
     arrays = fold(arrays) if folded else arrays
     graphdef, state = nnx.split(_abstract(config, folded))
     leaves = [
-        (path, leaf.replace(jax.numpy.asarray(arrays[".".join(map(str, path))])))
+        (path, leaf.replace(jax.numpy.asarray(arrays[_name(path)])))
         for path, leaf in nnx.to_flat_state(state)
     ]
     return nnx.merge(graphdef, nnx.from_flat_state(leaves))
@@ -114,7 +123,7 @@ def resize(
     arrays[name] = resize_pos_embed(arrays[name], resized.grid)
     for i in range(encoder.depth if encoder.rel_pos else 0):
         pattern = encoder.attention[i % len(encoder.attention)]
-        for axis, keys in zip("hw", group_shape(pattern, resized.grid)[0], strict=True):
+        for axis, keys in zip("hw", group_shape(pattern, resized.grid), strict=True):
             name = f"image_encoder.blocks.{i}.attn.rel_pos_{axis}"
             arrays[name] = resize_rel_pos(arrays[name], keys)
     return resized, arrays
@@ -122,8 +131,7 @@ def resize(
 
 def arrays_of(model: Sam) -> dict[str, np.ndarray]:
     """The model's arrays by name, as numpy."""
-    flat = nnx.to_flat_state(nnx.state(model))
-    return {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in flat}
+    return {name: np.asarray(value) for name, value in _values(model).items()}
 
 
 def fingerprint(config: SamConfig, arrays: Mapping[str, np.ndarray]) -> str:
@@ -190,7 +198,7 @@ def write_safetensors(
     write_whole(Path(path), lambda scratch: save_file(contiguous, scratch, dict(header)))
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` make a file or directory beside `path`, then renames it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:

@@ -180,6 +180,7 @@ def test_gradients_reach_the_model_from_a_host_image(model, image):
 
 def test_a_bad_prompt_is_refused_before_the_encoder_runs(model, image, monkeypatch):
     monkeypatch.setattr(pipeline, "_encode", None)
+    monkeypatch.setattr(pipeline, "_pixels", None)
     with pytest.raises(InputError, match="is empty"):
         samlight_jax.predict(image, box=[9, 9, 3, 3], model=model)
     with pytest.raises(InputError, match="is empty"):

@@ -45,6 +45,15 @@ def test_its_batch_gives_what_single_calls_give(predictor, image):
         np.testing.assert_allclose(iou[i], want[1], atol=1e-4)
 
 
+def test_masks_of_a_wrong_shape_are_refused_in_one_sentence(predictor, image):
+    predictor.set_image(image)
+    for masks in (np.zeros((2, 16, 16)), np.zeros((1, 2, 16, 16)), [[0.0]]):
+        with pytest.raises(InputError, match=r"`mask_inputs` has shape .*expected \(q, 1, 256"):
+            predictor.predict_batch(boxes=[BOX], mask_inputs=masks)
+    with pytest.raises(InputError, match="`boxes` has shape"):
+        predictor.predict_batch(boxes=BOX)
+
+
 def test_it_asks_for_an_image_first(predictor, image):
     with pytest.raises(InputError, match=r"call set_image\(image\) first"):
         predictor.predict(box=BOX)
