@@ -1,5 +1,6 @@
 """The one door to dilated attention: checks the call, brings it to one form, asks the chain."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -61,35 +62,18 @@ def dilated_attention(
       ValueError: an argument does not fit the others.
       Unsupported: the named implementation does not take this call.
     """
-    q, k, v = (jnp.asarray(x) for x in (q, k, v))
-    rel_h, rel_w = (None if x is None else jnp.asarray(x) for x in (rel_h, rel_w))
-    planar, segment_hw, dilation_hw = checks.pattern(segment, dilation)
-    checks.qkv(q, k, v, planar=planar)
-    (h, w), (n, d) = (q.shape[-4:-2] if planar else (1, q.shape[-3])), q.shape[-2:]
-    grid = groups.fit((h, w), segment_hw, dilation_hw)
-    if not pad:
-        checks.padding(grid, planar=planar)
-    checks.relative(rel_h, rel_w, q, grid, planar=planar)
-    checks.choices(offsets, scale)
-
-    def enter(x: jax.Array | None) -> jax.Array | None:
-        if x is None:
-            return None
-        x = x.reshape(-1, h, w, n, x.shape[-1])
-        below, right = grid.padded[0] - h, grid.padded[1] - w
-        pads = ((0, 0), (0, below), (0, right), (0, 0), (0, 0))
-        return jnp.pad(x, pads) if below or right else x
-
-    # Back ends know one form: (b, H, W, n, ...), padded; the 1-D form is one row.
-    out, lse = chain.run(
-        implementation,
-        *(enter(x) for x in (q, k, v, rel_h, rel_w)),
-        grid=grid,
+    return _attend(
+        tuple(jnp.asarray(x) for x in (q, k, v)),
+        rel_h,
+        rel_w,
+        segment=segment,
+        dilation=dilation,
         offsets=offsets,
-        scale=d**-0.5 if scale is None else float(scale),
+        scale=scale,
+        pad=pad,
+        implementation=implementation,
+        return_residuals=return_residuals,
     )
-    out = out[:, :h, :w].reshape(q.shape)
-    return (out, lse[:, :h, :w].reshape(q.shape[:-1])) if return_residuals else out
 
 
 def dilated_attention_qkvpacked(
@@ -119,20 +103,56 @@ def dilated_attention_qkvpacked(
       Unsupported: as there.
     """
     qkv = jnp.asarray(qkv)
-    if qkv.ndim < 3 or qkv.shape[-3] != 3:
-        raise ValueError(
-            f"qkv.shape={qkv.shape} must be (..., 3, heads, d); reshape the projection's output "
-            "to that, or pass q, k and v to dilated_attention."
-        )
-    return dilated_attention(
-        *(qkv[..., i, :, :] for i in range(3)),
+    return _attend(
+        (qkv,),
+        rel_h,
+        rel_w,
         segment=segment,
         dilation=dilation,
         offsets=offsets,
         scale=scale,
-        rel_h=rel_h,
-        rel_w=rel_w,
         pad=pad,
         implementation=implementation,
         return_residuals=return_residuals,
     )
+
+
+def _attend(
+    qkv: tuple[jax.Array, ...],
+    rel_h: jax.Array | None,
+    rel_w: jax.Array | None,
+    *,
+    segment: int | Sequence[int],
+    dilation: int | Sequence[int],
+    offsets: Offsets,
+    scale: float | None,
+    pad: bool,
+    implementation: str | None,
+    return_residuals: bool,
+) -> Any:
+    """Both doors behind the point where they differ: `qkv` is three arrays or the packed one."""
+    rel_h, rel_w = (None if x is None else jnp.asarray(x) for x in (rel_h, rel_w))
+    planar, segment_hw, dilation_hw = checks.pattern(segment, dilation)
+    if len(qkv) == 3:
+        checks.qkv(*qkv, planar=planar)
+        shape = qkv[0].shape
+    else:
+        shape = checks.packed(qkv[0], planar=planar)
+    (h, w), (n, d) = (shape[-4:-2] if planar else (1, shape[-3])), shape[-2:]
+    grid = groups.fit((h, w), segment_hw, dilation_hw)
+    if not pad:
+        checks.padding(grid, planar=planar)
+    rel = checks.relative(rel_h, rel_w, shape, qkv[0].dtype, grid, planar=planar)
+    checks.choices(offsets, scale)
+    lead = math.prod(shape[: -4 if planar else -3])
+    # Back ends know one form: (b, H, W, ...); the 1-D form is one row.
+    out, lse = chain.run(
+        implementation,
+        tuple(x.reshape(lead, h, w, *x.shape[x.ndim - (2 if len(qkv) == 3 else 3) :]) for x in qkv),
+        tuple(x.reshape(lead, h, w, n, -1) for x in rel),
+        grid=grid,
+        offsets=offsets,
+        scale=d**-0.5 if scale is None else float(scale),
+    )
+    out = out.reshape(shape)
+    return (out, lse.reshape(shape[:-1])) if return_residuals else out

@@ -55,14 +55,36 @@ def qkv(q: jax.Array, k: jax.Array, v: jax.Array, *, planar: bool) -> None:
             f"q.shape={q.shape}, k.shape={k.shape} and v.shape={v.shape} must be equal, "
             f"{axes}; repeat the heads of k and v where they are fewer than q's."
         )
-    if 0 in q.shape:
-        raise ValueError(
-            f"q.shape={q.shape} has an empty axis where at least 1 is needed; leave the call out."
-        )
     if not q.dtype == k.dtype == v.dtype or q.dtype.name not in DTYPES:
         raise ValueError(
             f"q.dtype={q.dtype}, k.dtype={k.dtype} and v.dtype={v.dtype} must be one of "
             f"{', '.join(DTYPES)}, the same for all; cast them to one."
+        )
+    _not_empty("q", q)
+
+
+def packed(qkv: jax.Array, *, planar: bool) -> tuple[int, ...]:
+    """Checks a packed array and returns the shape of the q it holds."""
+    axes = "(..., H, W, 3, heads, d)" if planar else "(..., L, 3, heads, d)"
+    if qkv.ndim < (5 if planar else 4) or qkv.shape[-3] != 3:
+        raise ValueError(
+            f"qkv.shape={qkv.shape} must be {axes} where segment is "
+            f"{'a pair' if planar else 'one number'}; reshape the projection's output to that, or "
+            "pass q, k and v to dilated_attention."
+        )
+    if qkv.dtype.name not in DTYPES:
+        raise ValueError(
+            f"qkv.dtype={qkv.dtype} must be one of {', '.join(DTYPES)}; cast it to one."
+        )
+    _not_empty("qkv", qkv)
+    return (*qkv.shape[:-3], *qkv.shape[-2:])
+
+
+def _not_empty(name: str, x: jax.Array) -> None:
+    if 0 in x.shape:
+        raise ValueError(
+            f"{name}.shape={x.shape} has an empty axis where at least 1 is needed; leave the call "
+            "out."
         )
 
 
@@ -78,11 +100,17 @@ def padding(grid: Grid, *, planar: bool) -> None:
 
 
 def relative(
-    rel_h: jax.Array | None, rel_w: jax.Array | None, q: jax.Array, grid: Grid, *, planar: bool
-) -> None:
-    """Checks both relative-position terms against q's shape and dtype."""
+    rel_h: jax.Array | None,
+    rel_w: jax.Array | None,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    grid: Grid,
+    *,
+    planar: bool,
+) -> tuple[jax.Array, ...]:
+    """Checks both relative-position terms against q's shape and dtype; returns those given."""
     if rel_h is None and rel_w is None:
-        return
+        return ()
     if rel_h is None or rel_w is None:
         given, missing = ("rel_w", "rel_h") if rel_h is None else ("rel_h", "rel_w")
         raise ValueError(
@@ -94,16 +122,17 @@ def relative(
             "segment=(rows, columns), or leave rel_h and rel_w out."
         )
     for name, x, m in zip(("rel_h", "rel_w"), (rel_h, rel_w), grid.group, strict=True):
-        want = (*q.shape[:-1], m)
+        want = (*shape[:-1], m)
         if x.shape != want:
             raise ValueError(
                 f"{name}.shape={x.shape} must be {want}, (..., H, W, heads, keys of a group); "
                 f"compute it for groups of {grid.group[0]} x {grid.group[1]} tokens."
             )
-        if x.dtype not in (q.dtype, np.float32):
+        if x.dtype not in (dtype, np.float32):
             raise ValueError(
-                f"{name}.dtype={x.dtype} must be float32 or q's {q.dtype}; cast it to one of them."
+                f"{name}.dtype={x.dtype} must be float32 or q's {dtype}; cast it to one of them."
             )
+    return rel_h, rel_w
 
 
 def choices(offsets: object, scale: object) -> None:

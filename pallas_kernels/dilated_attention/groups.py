@@ -49,28 +49,33 @@ def fit(size: tuple[int, int], segment: tuple[int, int], dilation: tuple[int, in
 
 
 def real_tokens(grid: Grid, heads: int) -> np.ndarray | None:
-    """Which tokens are not padding: (1, H, W, heads, 1) bool; None if all are real."""
+    """Which of a group's tokens are not padding, as `group` lays them out; None if all are.
+
+    Returns:
+      (1, segments, residues, n, mh * mw, 1) bool.
+    """
     if grid.size == grid.padded:
         return None
-    real = np.zeros((1, *grid.padded, heads, 1), bool)
-    real[:, : grid.size[0], : grid.size[1]] = True
-    return real
+    return group(np.ones((1, *grid.size, heads, 1), bool), grid)
 
 
 def group(x: Array, grid: Grid) -> Array:
-    """Brings each group's tokens together.
+    """Brings each group's tokens together; what `grid` pads is zero.
 
     Args:
-      x: (b, H, W, n, c), with H, W = `grid.padded`.
+      x: (b, H, W, n, c), with H, W = `grid.size`.
       grid: how the tokens are cut.
 
     Returns:
       (b, segments, residues, n, mh * mw, c); segments, residues and tokens in raster order.
     """
     b, h, w, n, c = x.shape
-    (rh, rw), (mh, mw) = grid.dilation, grid.group
+    (height, width), (rh, rw), (mh, mw) = grid.padded, grid.dilation, grid.group
+    if grid.size != grid.padded:
+        pads = ((0, 0), (0, height - h), (0, width - w), (0, 0), (0, 0))
+        x = np.pad(x, pads) if isinstance(x, np.ndarray) else jnp.pad(x, pads)
     # Of a position p: segment p // s, place in the group (p % s) // r, residue p % r.
-    x = x.reshape(b, h // (mh * rh), mh, rh, w // (mw * rw), mw, rw, n, c)
+    x = x.reshape(b, height // (mh * rh), mh, rh, width // (mw * rw), mw, rw, n, c)
     x = x.transpose(0, 1, 4, 3, 6, 7, 2, 5, 8)
     return x.reshape(b, -1, rh * rw, n, mh * mw, c)
 
@@ -81,7 +86,12 @@ def ungroup(x: Array, grid: Grid) -> Array:
     (h, w), (rh, rw), (mh, mw) = grid.padded, grid.dilation, grid.group
     x = x.reshape(b, h // (mh * rh), w // (mw * rw), rh, rw, n, mh, mw, c)
     x = x.transpose(0, 1, 6, 3, 2, 7, 4, 5, 8)
-    return x.reshape(b, h, w, n, c)
+    return x.reshape(b, h, w, n, c)[:, : grid.size[0], : grid.size[1]]
+
+
+def unpack(qkv: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Three arrays (b, H, W, n, d) of three, or of the packed one (b, H, W, 3, n, d)."""
+    return qkv if len(qkv) == 3 else tuple(qkv[0][:, :, :, i] for i in range(3))
 
 
 def take_own(x: Array) -> Array:

@@ -13,31 +13,29 @@ def unsupported(*_args: object, **_kwargs: object) -> None:
 
 
 def run(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    rel_h: jax.Array | None,
-    rel_w: jax.Array | None,
+    qkv: tuple[jax.Array, ...],
+    rel: tuple[jax.Array, ...],
     *,
     grid: groups.Grid,
     offsets: str,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attends within each group.
+    """Attends within each group; every back end's `run` and `unsupported` take these arguments.
 
     Args:
-      q: (b, H, W, n, d), with H, W = `grid.padded`.
-      k: as q.
-      v: as q.
-      rel_h: (b, H, W, n, mh), added to the scaled products by query and key row; or None.
-      rel_w: (b, H, W, n, mw), likewise by key column; None where `rel_h` is.
-      grid: how the tokens are cut, and which of them are real.
+      qkv: q, k and v, each (b, H, W, n, d) with H, W = `grid.size`; or the one packed array
+        (b, H, W, 3, n, d).
+      rel: (), or rel_h (b, H, W, n, mh) and rel_w (b, H, W, n, mw), added to the scaled products
+        by query and key row, by query and key column.
+      grid: how the tokens are cut.
       offsets: "all" or "per_head".
       scale: factor of the products.
 
     Returns:
-      Output, as q; log-sum-exp (b, H, W, n), float32, or float64 where q is.
+      Output (b, H, W, n, d), q's dtype; natural log-sum-exp (b, H, W, n), float32, or float64
+      where q is.
     """
+    q, k, v = groups.unpack(qkv)
     dtype = q.dtype if q.dtype == jnp.float64 else jnp.float32
     own = offsets == "per_head"
 
@@ -49,12 +47,13 @@ def run(
         return groups.ungroup(groups.put_own(x, grid, elsewhere) if own else x, grid)
 
     scores = _product(cut(q.astype(dtype) * scale), cut(k.astype(dtype)).mT)
-    if rel_h is not None and rel_w is not None:
-        rows, columns = cut(rel_h.astype(dtype)), cut(rel_w.astype(dtype))
+    if rel:
+        rows, columns = (cut(x.astype(dtype)) for x in rel)
         scores += (rows[..., :, None] + columns[..., None, :]).reshape(scores.shape)
     real = groups.real_tokens(grid, q.shape[3])
     if real is not None:
-        scores = jnp.where(cut(real).swapaxes(-1, -2), scores, -jnp.inf)
+        real = groups.take_own(real) if own else real
+        scores = jnp.where(real.swapaxes(-1, -2), scores, -jnp.inf)
     out, lse = _attend(scores, cut(v.astype(dtype)))
     return join(out, 0.0).astype(q.dtype), join(lse, -jnp.inf)[..., 0]
 

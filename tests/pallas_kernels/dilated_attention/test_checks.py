@@ -116,5 +116,5 @@ def test_scale(bad):
 
 @pytest.mark.parametrize("shape", [(4,), (8, 2, 4), (3, 8, 2, 4)])
 def test_packed_shape(shape):
-    with pytest.raises(ValueError, match=r"qkv.shape=\(.*\) must be \(\.\.\., 3, heads, d\)"):
+    with pytest.raises(ValueError, match=r"qkv.shape=\(.*\) must be \(\.\.\., L, 3, heads, d\)"):
         dilated_attention_qkvpacked(jnp.ones(shape), segment=4)
