@@ -126,16 +126,16 @@ def _entry(kernel: Callable[..., Any], call: Call) -> Any:
 def _sharded(plain: Callable[..., Any], args: Any, *, split_heads: bool) -> Any:
     """Tells the partitioner that axis 0, the batch, and axis -2, the heads, divide freely."""
     function = custom_partitioning(plain)
-    whole: list[str] = []
+    whole: list[str] = []  # the factors that stay whole, in their order
 
-    def factors(arrays: Any) -> str:
-        names = []
-        for x in jax.tree.leaves(arrays):
-            inner = [f"i{len(whole) + i}" for i in range(x.ndim - 3)]
-            last = f"i{len(whole) + len(inner)}"
-            whole.extend([*inner, last])
-            names.append(" ".join(["b", *inner, "n", last]))
-        return ", ".join(names)
+    def factors(x: jax.Array) -> str:
+        shared = {0: "b", x.ndim - 2: "n"} if split_heads else {0: "b"}
+        fresh = {i: f"i{len(whole) + i}" for i in range(x.ndim) if i not in shared}
+        whole.extend(fresh.values())
+        return " ".join((shared | fresh)[i] for i in range(x.ndim))
+
+    results = jax.eval_shape(plain, *args)
+    rule = " -> ".join(", ".join(map(factors, jax.tree.leaves(x))) for x in (args, results))
 
     def partition(mesh: Mesh, given: Any, results: Any) -> Any:
         spec = jax.tree.leaves(given)[0].sharding.spec
@@ -147,8 +147,6 @@ def _sharded(plain: Callable[..., Any], args: Any, *, split_heads: bool) -> Any:
 
         return mesh, plain, *(jax.tree.map(place, x) for x in (results, given))
 
-    rule = f"{factors(args)} -> {factors(jax.eval_shape(plain, *args))}"
-    whole += [] if split_heads else ["n"]
     function.def_partition(
         partition=partition, sharding_rule=rule, need_replication_factors=tuple(whole)
     )
