@@ -7,6 +7,7 @@ the batch (`custom_vmap`); and the partitioner learns that batch and heads divid
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -126,11 +127,12 @@ def _entry(kernel: Callable[..., Any], call: Call) -> Any:
 def _sharded(plain: Callable[..., Any], args: Any, *, split_heads: bool) -> Any:
     """Tells the partitioner that axis 0, the batch, and axis -2, the heads, divide freely."""
     function = custom_partitioning(plain)
+    numbers = itertools.count()
     whole: list[str] = []  # the factors that stay whole, in their order
 
     def factors(x: jax.Array) -> str:
         shared = {0: "b", x.ndim - 2: "n"} if split_heads else {0: "b"}
-        fresh = {i: f"i{len(whole) + i}" for i in range(x.ndim) if i not in shared}
+        fresh = {i: f"i{next(numbers)}" for i in range(x.ndim) if i not in shared}
         whole.extend(fresh.values())
         return " ".join((shared | fresh)[i] for i in range(x.ndim))
 
