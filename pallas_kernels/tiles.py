@@ -1,0 +1,55 @@
+"""How a kernel cuts its work: tiles tuned on a device, by a call's key, or None.
+
+`python -m pallas_kernels.autotune` writes tuned/<device>.json; a back end asks here first,
+and falls back on a heuristic of its own for devices and keys that nobody has tuned.
+"""
+
+import dataclasses
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+TUNED = Path(__file__).parent / "tuned"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Sizes of one kernel.
+
+    Attributes:
+      block_q: queries held at a time.
+      block_k: keys held at a time.
+      num_warps: of one program; 32 threads each.
+      num_stages: depth of the software pipeline that loads the tiles.
+    """
+
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def path(kind: str) -> Path:
+    """The file of a device, as "NVIDIA H200"."""
+    return TUNED / (re.sub(r"[^a-z0-9]+", "_", kind.lower()).strip("_") + ".json")
+
+
+@functools.cache
+def _entries(kind: str) -> dict[str, Any]:
+    file = path(kind)
+    return json.loads(file.read_text())["entries"] if file.exists() else {}
+
+
+def lookup(kind: str, implementation: str, kernel: str, key: str) -> dict[str, Any] | None:
+    """The tuned configuration's fields, or None.
+
+    Args:
+      kind: the device's, as "NVIDIA H200".
+      implementation: a back end's name.
+      kernel: "forward", "dq" or "dkv".
+      key: what the tiles depend on, as the back end writes it.
+    """
+    entry = _entries(kind).get(f"{implementation}/{kernel}/{key}")
+    return entry and entry["config"]
