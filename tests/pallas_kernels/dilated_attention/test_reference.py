@@ -1,7 +1,6 @@
 """The reference against loops written from the definition; kernels are held to the reference."""
 
 import functools
-import itertools
 
 import hypothesis
 import hypothesis.strategies as st
@@ -12,31 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import dilated_attention
-
-
-def oracle(q, k, v, segment, dilation, offsets, scale, rel_h=None, rel_w=None):
-    """The definition, token by token, in float64; q, k, v are (H, W, heads, d)."""
-    (sh, sw), (rh, rw) = segment, dilation
-    out, lse = np.zeros(q.shape), np.full(q.shape[:3], -np.inf)
-
-    def place(y, x):
-        residue = y % sh % rh, x % sw % rw
-        return (y // sh, x // sw, *residue), residue
-
-    tokens = list(np.ndindex(q.shape[:2]))
-    for (y, x), h in itertools.product(tokens, range(q.shape[2])):
-        group, residue = place(y, x)
-        if offsets == "per_head" and residue != divmod(h % (rh * rw), rw):
-            continue
-        keys = [key for key in tokens if place(*key)[0] == group]
-        scores = np.array([scale * q[y, x, h] @ k[i, j, h] for i, j in keys])
-        if rel_h is not None:
-            scores += [rel_h[y, x, h, i % sh // rh] + rel_w[y, x, h, j % sw // rw] for i, j in keys]
-        weights = np.exp(scores)  # small scores only: nothing to subtract
-        lse[y, x, h] = np.log(weights.sum())
-        out[y, x, h] = sum(w * v[i, j, h] for w, (i, j) in zip(weights, keys, strict=True))
-        out[y, x, h] /= weights.sum()
-    return out, lse
+from tests.pallas_kernels.dilated_attention import oracle
 
 
 def draw(*shape, seed=0):
@@ -62,7 +37,7 @@ def check_against_oracle(size, segment, dilation, offsets, with_rel=False, heads
             name: draw(*size, heads, m, seed=seed).astype(np.float64)
             for name, seed, m in zip(("rel_h", "rel_w"), (1, 2), keys, strict=True)
         }
-    want = oracle(q, k, v, segment, dilation, offsets, 0.4, **rel)
+    want = oracle.attend(q, k, v, segment, dilation, offsets, 0.4, **rel)
     options = {"segment": segment, "dilation": dilation, "offsets": offsets, "scale": 0.4}
     with jax.enable_x64(True):
         for got, expected in zip(attend(q, k, v, **rel, **options), want, strict=True):
@@ -95,7 +70,7 @@ def test_2d_is_the_definition(size, segment, dilation, with_rel, offsets):
 )
 def test_1d_is_the_definition(length, segment, dilation, offsets):
     q, k, v = draw(3, length, 3, 4)
-    out, lse = oracle(
+    out, lse = oracle.attend(
         *(x[None].astype(np.float64) for x in (q, k, v)), (1, segment), (1, dilation), offsets, 0.5
     )
     got = attend(q, k, v, segment=segment, dilation=dilation, offsets=offsets)
