@@ -2,5 +2,11 @@
 
 from pallas_kernels.chain import Unsupported
 from pallas_kernels.dilated_attention.api import dilated_attention, dilated_attention_qkvpacked
+from pallas_kernels.dilated_attention.mixture import dilated_attention_mixture
 
-__all__ = ["Unsupported", "dilated_attention", "dilated_attention_qkvpacked"]
+__all__ = [
+    "Unsupported",
+    "dilated_attention",
+    "dilated_attention_mixture",
+    "dilated_attention_qkvpacked",
+]

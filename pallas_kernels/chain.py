@@ -6,13 +6,32 @@ arguments; `unsupported` returns None, or one sentence that says why `run` would
 
 from typing import Any
 
-from pallas_kernels.dilated_attention import reference
+from pallas_kernels.dilated_attention import (
+    cudnn,
+    jax_triton,
+    mosaic_gpu,
+    reference,
+    triton,
+    xla,
+)
 
-CHAIN: dict[str, Any] = {i.NAME: i for i in (reference,)}  # best first
+CHAIN: dict[str, Any] = {  # best first
+    i.NAME: i for i in (mosaic_gpu, triton, jax_triton, cudnn, xla, reference)
+}
 
 
 class Unsupported(NotImplementedError):
     """No back end takes this call, or the named one does not."""
+
+
+def explain(*args: Any, **kwargs: Any) -> dict[str, str | None]:
+    """Why each back end would not run a call, best first; None where it would.
+
+    Args:
+      *args: handed to the back ends; shapes and dtypes will do for arrays.
+      **kwargs: handed to the back ends.
+    """
+    return {name: backend.unsupported(*args, **kwargs) for name, backend in CHAIN.items()}
 
 
 def run(implementation: str | None, *args: Any, **kwargs: Any) -> Any:

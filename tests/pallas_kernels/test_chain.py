@@ -49,6 +49,15 @@ def test_refusals_of_all_are_listed(ran, monkeypatch):
     assert not ran
 
 
+def test_explain_asks_all_in_order_and_runs_nothing(ran):
+    found = chain.explain(1, scale=2)
+    assert list(found.items()) == [
+        *(("picky", "needs a GPU."), ("first", None), ("second", None)),
+        ("old", "JAX has dropped it."),
+    ]
+    assert not ran
+
+
 def test_error_in_a_back_end_is_not_caught(ran, monkeypatch):
     def run(*args, **kwargs):
         raise RuntimeError("a bug")
@@ -60,7 +69,8 @@ def test_error_in_a_back_end_is_not_caught(ran, monkeypatch):
 
 
 def test_unknown_name_lists_the_known():
-    with pytest.raises(ValueError, match="implementation='xlaa' is unknown; pass one of 'ref"):
+    known = ", ".join(map(repr, chain.CHAIN))
+    with pytest.raises(ValueError, match=f"implementation='xlaa' is unknown; pass one of {known}"):
         dilated_attention(X, X, X, segment=4, implementation="xlaa")
 
 
