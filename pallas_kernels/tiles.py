@@ -4,14 +4,18 @@
 and falls back on a heuristic of its own for devices and keys that nobody has tuned.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 TUNED = Path(__file__).parent / "tuned"
+_USED: contextvars.ContextVar[dict[str, Any]] = contextvars.ContextVar("used", default={})  # noqa: B039
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,5 +55,22 @@ def lookup(kind: str, implementation: str, kernel: str, key: str) -> dict[str, A
       kernel: "forward", "dq" or "dkv".
       key: what the tiles depend on, as the back end writes it.
     """
-    entry = _entries(kind).get(f"{implementation}/{kernel}/{key}")
-    return entry and entry["config"]
+    if (used := _USED.get().get(f"{implementation}/{kernel}")) is not None:
+        return used
+    entry = _entries(kind).get(name(implementation, kernel, key))
+    return entry and entry.get("config")
+
+
+def name(implementation: str, kernel: str, key: str) -> str:
+    """Of an entry in tuned/<device>.json."""
+    return f"{implementation}/{kernel}/{key}"
+
+
+@contextlib.contextmanager
+def use(implementation: str, kernel: str, config: dict[str, Any]) -> Iterator[None]:
+    """Makes `lookup` find `config` within, whatever the key; for tuning."""
+    token = _USED.set(_USED.get() | {f"{implementation}/{kernel}": config})
+    try:
+        yield
+    finally:
+        _USED.reset(token)

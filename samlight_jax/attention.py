@@ -10,7 +10,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from pallas_kernels import dilated_attention_qkvpacked
+from pallas_kernels import chain, dilated_attention_qkvpacked
+from pallas_kernels.dilated_attention.groups import fit
 from samlight_jax.config import Pattern, SamConfig, ViTConfig, attention_scale
 
 TRAINED_GRID = 64  # tokens on a side at 1024 pixels, where every checkpoint was trained
@@ -81,6 +82,28 @@ def group_shape(pattern: Pattern, grid: int) -> tuple[int, int]:
     if not pattern.attend_padding:
         rows, columns = _clamped(rows, grid, r), _clamped(columns, grid, r)
     return rows // r, columns // r
+
+
+def backends(config: SamConfig, pattern: Pattern, dtype: Any) -> dict[str, str | None]:
+    """Why each back end would not run a pattern's attention of one image; None where it would.
+
+    They come in the order in which they are asked: the first None is what runs.
+    """
+    encoder, side = config.encoder, config.grid
+    assert isinstance(encoder, ViTConfig)
+    raster = isinstance(pattern.segment, int)
+    size, segment = (1, side * side) if raster else (side, side), pattern.segment
+    segment = (1, segment) if isinstance(segment, int) else segment or size
+    if pattern.attend_padding:
+        size = -(-side // segment[0]) * segment[0], -(-side // segment[1]) * segment[1]
+    grid = fit(size, segment, (1 if raster else pattern.dilation, pattern.dilation))
+    heads, head_dim = encoder.heads, encoder.width // encoder.heads
+    qkv = jax.ShapeDtypeStruct((1, *size, 3, heads, head_dim), dtype)
+    keys = grid.group if encoder.rel_pos else ()
+    rel = tuple(jax.ShapeDtypeStruct((1, *size, heads, m), dtype) for m in keys)
+    trained = int(np.prod(group_shape(pattern, TRAINED_GRID)))
+    scale = attention_scale(config, head_dim, int(np.prod(grid.group)), trained)
+    return chain.explain((qkv,), rel, grid=grid, offsets="all", scale=scale)
 
 
 def _clamped(segment: int, axis: int, dilation: int) -> int:

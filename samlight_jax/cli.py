@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import importlib.metadata
 import json
 import math
 import os
@@ -19,8 +21,9 @@ from rich.console import Console
 from rich.progress import track
 
 from samlight_jax import weights
+from samlight_jax.attention import backends
 from samlight_jax.build_sam import cache_folder, find
-from samlight_jax.config import PRESETS
+from samlight_jax.config import PRESETS, Pattern, ViTConfig
 from samlight_jax.draw import overlay
 from samlight_jax.errors import InputError, exit_on_error
 from samlight_jax.predictor import SamPredictor
@@ -199,6 +202,85 @@ def info(checkpoint: tyro.conf.Positional[str]) -> None:
     )
 
 
+def doctor() -> None:
+    """Tells what this machine would run: JAX, devices, weights, and the attention back ends.
+
+    Where a faster back end is passed over, its sentence says why.
+    """
+    present = [name for name in PRESETS if _is_there(name)]
+    versions = {name: _version(name) for name in ("samlight-jax", "jax", "jaxlib", "jax-triton")}
+    facts = [
+        *versions.items(),
+        ("cache folder", str(cache_folder())),
+        ("weights there", ", ".join(present) or "none; `samlight models` says how to get them"),
+    ]
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:  # a plugin that finds no driver: what a doctor is called for
+        _print_columns(*facts, ("devices", f"JAX finds none: {str(error).splitlines()[0]}"))
+        return
+    for (kind, capability), count in collections.Counter(map(_kind, devices)).items():
+        facts.append(("devices", f"{count} x {kind}{capability}"))
+    _print_columns(*facts)
+    _print_backends()
+
+
+def _print_backends() -> None:
+    """What would run each model's attention, and why nothing better."""
+    dtypes = ("bfloat16", "float32")
+    table = [("model", "attention", *dtypes)]
+    refusals = collections.Counter()
+    for name, config in PRESETS.items():
+        if not isinstance(config.encoder, ViTConfig):
+            continue
+        for pattern in dict.fromkeys(config.encoder.attention):
+            chosen = []
+            for dtype in dtypes:
+                reasons = backends(config, pattern, dtype)
+                chosen.append(next(n for n, reason in reasons.items() if reason is None))
+                earlier = list(reasons.items())[: list(reasons).index(chosen[-1])]
+                refusals.update(earlier)
+            table.append((name, _pattern(pattern), *chosen))
+    print()
+    _print_columns(*table)
+    calls = len(dtypes) * (len(table) - 1)
+    if refusals:
+        print()
+        rows = ((name, f"{n} of {calls}", str(why)) for (name, why), n in refusals.items())
+        _print_columns(("passed over", "calls", "why"), *rows)
+
+
+def _is_there(name: str) -> bool:
+    try:
+        find(name)
+    except InputError:
+        return False
+    return True
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _kind(device: Any) -> tuple[str, str]:
+    """The maker's name, and CUDA's compute capability where there is one."""
+    capability = getattr(device, "compute_capability", None)
+    kind = f"{device.device_kind} ({device.platform})"
+    return kind, f", compute capability {capability}" if capability else ""
+
+
+def _pattern(pattern: Pattern) -> str:
+    segment = pattern.segment
+    if segment is None:
+        return "all tokens"
+    shape = (segment,) if isinstance(segment, int) else segment
+    text = f"segment {'x'.join(map(str, shape))}"
+    return f"{text}, dilation {pattern.dilation}" if pattern.dilation > 1 else text
+
+
 def main() -> None:
     """Runs the command line; bad input ends it with one sentence and exit code 2."""
 
@@ -206,7 +288,7 @@ def main() -> None:
         print(f"warning: {message}", file=sys.stderr)
 
     warnings.showwarning = warn
-    commands = {"predict": predict, "models": models, "info": info}
+    commands = {"predict": predict, "models": models, "info": info, "doctor": doctor}
     exit_on_error(
         lambda: tyro.extras.subcommand_cli_from_dict(
             commands, prog="samlight", description="Segment Anything, made light, in JAX."

@@ -1,6 +1,7 @@
 """Attention of SAM's encoder against segment-anything, of the students against a plain gather."""
 
 import math
+import types
 
 import jax
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 import torch
 from flax import nnx
 
-from samlight_jax.attention import Attention, group_shape, resize_rel_pos
+from pallas_kernels import chain
+from samlight_jax.attention import Attention, backends, group_shape, resize_rel_pos
 from samlight_jax.config import PRESETS, Pattern, SamConfig, ViTConfig, attention_scale
 from tests import oracles
 from tests.conftest import assert_parity, normal, run
@@ -192,3 +194,29 @@ def test_ba_scale_grows_with_the_image():
 )
 def test_group_shape_counts_the_keys_of_a_query(pattern, grid, keys):
     assert group_shape(pattern, grid) == keys
+
+
+ASKED = [
+    (WINDOW, 5, True, "plain"),
+    (Pattern(), 4, True, "ba"),
+    (Pattern(segment=(4, 8), dilation=2), 6, False, "ba"),
+    (Pattern(segment=10, dilation=2), 6, False, "plain"),
+]
+
+
+@pytest.mark.parametrize(("pattern", "grid", "rel_pos", "scale"), ASKED, ids=str)
+def test_backends_asks_what_the_model_will_ask(pattern, grid, rel_pos, scale, monkeypatch):
+    asked = []
+
+    def unsupported(*args, **kwargs):
+        arrays = jax.tree.map(lambda x: (x.shape, x.dtype), args)
+        asked.append((arrays, kwargs))
+        return "listens only."
+
+    listener = types.SimpleNamespace(unsupported=unsupported)
+    monkeypatch.setattr(chain, "CHAIN", {"listener": listener, **chain.CHAIN})
+    module = attention(pattern, grid, rel_pos=rel_pos, scale=scale)
+    run(module, normal(1, grid, grid, 8))
+    found = backends(module.config, pattern, np.float32)
+    assert len(asked) == 2 and asked[0] == asked[1]
+    assert found["listener"] == "listens only." and None in found.values()

@@ -1,14 +1,18 @@
 """The command line: what it writes, and one sentence with exit code 2 for what it cannot do."""
 
 import json
+import re
 import subprocess
 import sys
+import types
 import warnings
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from pallas_kernels import chain
 from samlight_jax import cli, weights
 from samlight_jax.preprocess import as_array
 from tests.models import TINY, random_arrays
@@ -128,6 +132,47 @@ def test_models_and_info_tell_parameters_and_sources(run, folder):
     assert str(folder / "minisam.safetensors") in lines["minisam"]
     code, out, _ = run("info", "minisam")
     assert code == 0 and "tiny" in out and "a           b" in out
+
+
+def test_doctor_tells_what_would_run_and_why_nothing_better(run, folder, monkeypatch):
+    def unsupported(qkv, rel, **_):
+        return None if qkv[0].dtype == "bfloat16" and not rel else "takes bfloat16 without rel."
+
+    picky, any_ = (
+        types.SimpleNamespace(unsupported=f) for f in (unsupported, lambda *_, **__: None)
+    )
+    monkeypatch.setattr(chain, "CHAIN", {"picky": picky, "any": any_, "never": picky})
+    code, out, _ = run("doctor")
+    assert code == 0
+    facts, table, why = (part.splitlines() for part in out.split("\n\n"))
+    facts = dict(re.split(r"  +", line, maxsplit=1) for line in facts)
+    assert facts["jax"] == jax.__version__ and facts["cache folder"] == str(folder)
+    assert facts["weights there"] == "minisam" and "jax-triton" in facts
+    assert facts["devices"] == f"{jax.device_count()} x cpu (cpu)"
+    rows = [re.split(r"  +", line) for line in table]
+    assert rows[0] == ["model", "attention", "bfloat16", "float32"]
+    assert ["samlight_t", "segment 64x64, dilation 4", "picky", "any"] in rows
+    assert ["samlight_t_paper", "segment 1024, dilation 2", "picky", "any"] in rows
+    assert ["sam_vit_h", "all tokens", "any", "any"] in rows
+    assert ["sam_vit_h", "segment 14x14", "any", "any"] in rows
+    refused = sum(row[2:].count("any") for row in rows)
+    assert why[1].split(maxsplit=4) == [
+        *("picky", str(refused), "of", str(2 * len(rows) - 2)), "takes bfloat16 without rel."
+    ]  # fmt: skip
+    assert len(why) == 2
+
+
+def test_doctor_says_so_where_jax_finds_no_device(run, monkeypatch):
+    def devices():
+        raise RuntimeError("Unable to initialize backend 'cuda': no driver\nmore")
+
+    monkeypatch.setattr(jax, "devices", devices)
+    code, out, _ = run("doctor")
+    assert code == 0
+    last = out.splitlines()[-1]
+    assert last.split(maxsplit=1)[1] == (
+        "JAX finds none: Unable to initialize backend 'cuda': no driver"
+    )
 
 
 def test_a_program_ends_without_a_traceback(folder):
