@@ -51,14 +51,18 @@ PREPROCESSING = (
 HEADLINES = (  # shapes for the README
     "window16_b1_6x64",
     "window16_b16_6x64",
+    "window16_b64_6x64",
     "grid_r4_b1_6x64",
     "grid_r4_b16_6x64",
     "grid_r4_b16_3x128",
+    "grid_r4_b64_3x128",
     "raster4096_r4_b16_6x64",
     "grid_r2_b16_3x128",
     "dense_b16_3x128",
+    "dense_b16_6x64",
     "sam_vit_b_window14",
     "sam_vit_b_global",
+    "sam_vit_h_global",
 )
 KERNELS = ("mosaic_gpu", "triton", "jax_triton")  # ours
 OTHERS = ("cudnn", "cudnn_dense", "xla", "unfused")

@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -41,14 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     deadline = time.monotonic() + options.time_budget
     path = tiles.path(device.current().kind)
-    report = json.loads(path.read_text()) if path.exists() else {"entries": {}}
-    report = measure.machine() | {"device": device.current().kind, "entries": report["entries"]}
+    entries = json.loads(path.read_text())["entries"] if path.exists() else {}
+    report = {**measure.machine(), "device": device.current().kind, "entries": entries}
     for name in representatives(options.shapes or list(SHAPES)):
         if time.monotonic() > deadline:
             print(f"{name}: left out, the time budget was spent.")
             continue
         for key, entry in tune(SHAPES[name], options.most).items():
-            report["entries"][key] = {"shape": name, **entry}
+            entries[key] = {"shape": name, **entry}
             print(f"{key}: {entry.get('us', 'every candidate failed')} {entry.get('config', '')}")
         measure.write_json(path, report)
     print(path)
@@ -82,12 +82,8 @@ def tune(shape: Shape, most: int | None = None, seconds: float = 0.03) -> dict[s
         chains = [given[i : i + CHAINED] for i in range(0, len(given) - CHAINED + 1, CHAINED)]
         # Leaving the pool waits for it: nothing else runs on the machine while one is timed.
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            jobs = []
-            for tile in triton.candidates(kernel, cut)[:most]:
-                config = dataclasses.asdict(tile)
-                with tiles.use(triton.NAME, kernel, config):
-                    program = measure.chained(functools.partial(_run, kernel, cut.call))
-                    jobs.append((config, pool.submit(program.lower(chains[0]).compile)))
+            configs = map(dataclasses.asdict, triton.candidates(kernel, cut)[:most])
+            jobs = [(x, _compile(pool, kernel, cut.call, x, chains[0])) for x in configs]
         tried = [{"config": config, **_timed(job, chains, seconds)} for config, job in jobs]
         best = min((x for x in tried if "us" in x), key=lambda x: x["us"], default={})
         found[tiles.name(triton.NAME, kernel, triton.key(cut))] = {**best, "candidates": tried}
@@ -129,11 +125,26 @@ def _run(kernel: str, call: Call, qkv: Any, rel: Any, *rest: Any) -> Any:
     if kernel == "forward":
         return triton.forward(call, qkv, rel)
     if kernel == "dq":
-        return triton.dq(call, qkv, rel, *rest, jnp.zeros_like(rest[1]))
-    return triton.dkv(call, qkv, rel, *rest, jnp.zeros_like(qkv[0]))
+        out, lse, dout = rest
+        return triton.dq(call, qkv, rel, out, lse, dout, jnp.zeros_like(lse))
+    lse, dout, delta = rest
+    return triton.dkv(call, qkv, rel, lse, dout, delta, jnp.zeros_like(qkv[0]))
 
 
-def _timed(job: Any, chains: list[Any], seconds: float) -> dict[str, Any]:
+def _compile(pool: Executor, kernel: str, call: Call, config: dict, chain: Any) -> Future:
+    """Lowers with this configuration here, compiles there."""
+    program = measure.chained(functools.partial(_run, kernel, call))
+    try:
+        with tiles.use(triton.NAME, kernel, config):
+            lowered = program.lower(chain)
+    except Exception as error:
+        failed = Future()
+        failed.set_exception(error)
+        return failed
+    return pool.submit(lowered.compile)
+
+
+def _timed(job: Future, chains: list[Any], seconds: float) -> dict[str, Any]:
     try:
         program = job.result()
         jax.block_until_ready(program(chains[0]))

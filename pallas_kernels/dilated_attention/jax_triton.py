@@ -195,7 +195,7 @@ def _launch(
       tiles_each: the constant that says how many programs a group has.
       **options: of `triton_call`.
     """
-    from jax_triton import triton_call
+    from jax_triton import triton_call  # pyright: ignore[reportAttributeAccessIssue]
 
     from pallas_kernels.dilated_attention import jax_triton_kernels as kernels
 

@@ -7,7 +7,7 @@ of parts, each a power of two wide.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
-# pyright: reportPossiblyUnbound=false
+# pyright: reportPossiblyUnboundVariable=false
 
 import triton
 import triton.language as tl

@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import device
 from pallas_kernels.dilated_attention import groups, mosaic_gpu_backward, transforms
 from pallas_kernels.dilated_attention.mosaic_gpu_cut import (
+    ACC,
     BLOCK,
     LOG2E,
     PER_ROW,
@@ -136,7 +137,7 @@ class _Resident(Kernel):
                     p = jnp.exp2(scores[i + 1] * factor - spread(top, scores[0]))
                     total[...] += p.sum(axis=1)
 
-        start = plgpu.ACC.init(zeros(cut.head_dim)), weights.sum(axis=1)
+        start = ACC.init(zeros(cut.head_dim)), weights.sum(axis=1)
         out, total = pl.run_state(values)(start)
         if tile == self.tiles - 1:
             for slot in self._slots(step, 2):
@@ -155,7 +156,7 @@ class _Resident(Kernel):
                 plgpu.wgmma(x, q, transposed(self.ring.tile(slot)))
             return [x[...] for x in sums]
 
-        return pl.run_scoped(products, *[plgpu.ACC((ROWS, BLOCK), jnp.float32)] * len(slots))
+        return pl.run_scoped(products, *[ACC((ROWS, BLOCK), jnp.float32)] * len(slots))
 
     def _store(self, pair: Pair, tile: Any, slot: Any) -> None:
         half, wg = 2 * tile + self.warpgroup, self.warpgroup
@@ -244,7 +245,7 @@ class _Streamed(Kernel):
         self.ring.wait(values)
         plgpu.barrier_wait(self.turn)
         out = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, self.ring.tile(values)))(
-            plgpu.ACC.init(out)
+            ACC.init(out)
         )
         self.ring.release(values)
         return out, top, total
@@ -258,7 +259,7 @@ class _Streamed(Kernel):
             self._pass_on()
             return ref[...]
 
-        scores = pl.run_scoped(product, plgpu.ACC((ROWS, BLOCK), jnp.float32))
+        scores = pl.run_scoped(product, ACC((ROWS, BLOCK), jnp.float32))
         self.ring.release(keys)
         return scores
 

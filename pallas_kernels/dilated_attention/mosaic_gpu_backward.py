@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dilated_attention.mosaic_gpu_cut import (
+    ACC,
     BLOCK,
     LOG2E,
     MATRIX,
@@ -35,14 +36,18 @@ from pallas_kernels.dilated_attention.mosaic_gpu_cut import (
 )
 from pallas_kernels.dilated_attention.transforms import Arrays, Call
 
-TILE = 64  # tokens of a tile that streams past
-
 
 class _Kernel(Kernel):
-    """What both have in common: a unit is a tile of a pair's queries, or of its keys."""
+    """What both have in common: a unit is a tile of a pair's queries, or of its keys.
+
+    Attributes:
+      tile: tokens of a tile that streams past.
+    """
+
+    tile = 64
 
     def __init__(self, cut: Cut):
-        self.blocks, self.tiles = cut.keys // BLOCK, cut.keys // TILE
+        self.blocks, self.tiles = cut.keys // BLOCK, cut.keys // self.tile
         self.factor = cut.call.scale * LOG2E
         super().__init__(cut, cut.pairs * self.blocks)
 
@@ -60,15 +65,15 @@ class _Queries(_Kernel):
 
     def load(self, step: Any, unit: Any) -> None:
         pair, block = self._unit(unit)
-        q, k, v, out, dout, *_ = self.inputs
+        q, k, v, out, dout = self.inputs[:5]
         own = pair.window(q, block, BLOCK, 0), *(pair.window(x, block, BLOCK) for x in (out, dout))
         self.own.fill(step, *own)
 
         @pl.loop(0, self.tiles)
         def _(i: Any) -> None:
             keys = 2 * (step * self.tiles + i)
-            self.ring.fill(keys, pair.window(k, i, TILE, 1))
-            self.ring.fill(keys + 1, pair.window(v, i, TILE, 2))
+            self.ring.fill(keys, pair.window(k, i, self.tile, 1))
+            self.ring.fill(keys + 1, pair.window(v, i, self.tile, 2))
 
     def compute(self, step: Any, unit: Any) -> None:
         pair, block = self._unit(unit)
@@ -105,10 +110,8 @@ class _Queries(_Kernel):
             self.ring.release(values)
             return (weights * (dw - spread(delta, dw))).astype(self.cut.dtype)
 
-        ds = pl.run_scoped(dscores, *[plgpu.ACC((ROWS, TILE), jnp.float32)] * 2)
-        dq = pl.run_state(lambda ref: plgpu.wgmma(ref, ds, self.ring.tile(keys)))(
-            plgpu.ACC.init(dq)
-        )
+        ds = pl.run_scoped(dscores, *[ACC((ROWS, self.tile), jnp.float32)] * 2)
+        dq = pl.run_state(lambda ref: plgpu.wgmma(ref, ds, self.ring.tile(keys)))(ACC.init(dq))
         self.ring.release(keys)
         return dq
 
@@ -128,8 +131,8 @@ class _Keys(_Kernel):
 
         @pl.loop(0, self.tiles)
         def _(i: Any) -> None:
-            tiles = pair.window(q, i, TILE, 0), pair.window(dout, i, TILE)
-            sums = (pair.sums(x, i, TILE) for x in (lse, delta))
+            tiles = pair.window(q, i, self.tile, 0), pair.window(dout, i, self.tile)
+            sums = (pair.sums(x, i, self.tile) for x in (lse, delta))
             self.ring.fill(step * self.tiles + i, *tiles, *sums)
 
     def compute(self, step: Any, unit: Any) -> None:
@@ -146,7 +149,7 @@ class _Keys(_Kernel):
             return dk[...], dv[...]
 
         shape = (ROWS, self.cut.head_dim)
-        dk, dv = pl.run_scoped(sums, *[plgpu.ACC(shape, jnp.float32)] * 2)
+        dk, dv = pl.run_scoped(sums, *[ACC(shape, jnp.float32)] * 2)
         k[...] = (dk * self.cut.call.scale).astype(self.cut.dtype)
         v[...] = dv.astype(self.cut.dtype)
         plgpu.commit_smem()
@@ -174,7 +177,7 @@ class _Keys(_Kernel):
             dw = plgpu.wgmma_accumulator_load(dweights, wait_n=1)
             plgpu.wgmma(dk, (weights * (dw - spread(delta, dw, 1))).astype(dtype), q)
 
-        pl.run_scoped(products, *[plgpu.ACC((ROWS, TILE), jnp.float32)] * 2)
+        pl.run_scoped(products, *[ACC((ROWS, self.tile), jnp.float32)] * 2)
         plgpu.wgmma_wait(0)
         self.ring.release(queries)
 
@@ -199,15 +202,16 @@ def backward(
     return tuple(x.reshape(y.shape) for x, y in zip(gradients, qkv, strict=True)), ()
 
 
-def _slots(cut: Cut, own: int, tiles: int) -> int:
+def _slots(cut: Cut, own: int, tile: int, tiles: int) -> int:
     """As many as there is room for beside `own` tiles of `BLOCK`."""
     row = cut.head_dim * 2
-    return (SHARED_MEMORY - own * BLOCK * row) // (tiles * TILE * (row + 4))
+    return (SHARED_MEMORY - own * BLOCK * row) // (tiles * tile * (row + 4))
 
 
 def _dq(cut: Cut, *inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Q's gradient, or a packed one with q's part alone filled; the rows' sums."""
-    scratch = [cut.ring(1, BLOCK, 3), cut.ring(_slots(cut, 3, 1), TILE)]
+    tile = _Queries.tile
+    scratch = [cut.ring(1, BLOCK, 3), cut.ring(_slots(cut, 3, tile, 1), tile)]
     return plgpu.kernel(
         lambda *refs: _Queries(*refs, cut=cut).run(),
         out_type=[jax.ShapeDtypeStruct(inputs[0].shape, cut.dtype), cut.sums()],
@@ -219,7 +223,8 @@ def _dq(cut: Cut, *inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _dkv(cut: Cut, packed: jax.Array | None, *inputs: jax.Array) -> Arrays:
     """The gradients of k and v, or `packed` with them filled in."""
-    scratch = [cut.ring(1, BLOCK, 2), cut.ring(_slots(cut, 2, 2), TILE, 2, 2)]
+    tile = _Keys.tile
+    scratch = [cut.ring(1, BLOCK, 2), cut.ring(_slots(cut, 2, tile, 2), tile, 2, 2)]
     units = cut.pairs * cut.keys // BLOCK
 
     def body(*refs: Any) -> None:
@@ -241,5 +246,6 @@ def _dkv(cut: Cut, packed: jax.Array | None, *inputs: jax.Array) -> Arrays:
 
     # A ref is written where it lies; `plgpu.kernel` has no such argument.
     ref = jax.new_ref(packed)
-    pl.kernel(scoped, (), mesh=plgpu.Mesh(**mesh(units)), compiler_params=params())(*inputs, ref)
+    fill: Any = pl.kernel(scoped, (), mesh=plgpu.Mesh(**mesh(units)), compiler_params=params())
+    fill(*inputs, ref)
     return (jax.freeze(ref),)

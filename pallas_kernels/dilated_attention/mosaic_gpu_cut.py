@@ -23,6 +23,7 @@ BLOCK = 128  # tokens that a program owns: 64, wgmma's rows, for each computing 
 ROWS = 64
 SHARED_MEMORY = 227 * 1024 - 2048  # of one program, less what barriers and sums take
 PROGRAMS = 132  # an H200's multiprocessors; each holds one program
+ACC: Any = plgpu.ACC  # type: ignore[attr-defined]  # registers that wgmma adds to
 MATRIX = plgpu.Layout.WGMMA
 PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
@@ -98,7 +99,8 @@ class Cut:
 
 def cut_of(call: Call, qkv: Arrays) -> Cut:
     """The view of a call of these arrays."""
-    return Cut(call, qkv[0].shape[0], *qkv[0].shape[-2:], qkv[0].dtype)
+    heads, head_dim = qkv[0].shape[-2:]
+    return Cut(call, qkv[0].shape[0], heads, head_dim, qkv[0].dtype)
 
 
 class Pair:

@@ -3,6 +3,7 @@
 import importlib
 import sys
 import types
+import warnings
 
 import jax
 import numpy as np
@@ -12,6 +13,8 @@ from pallas_kernels.device import Device
 from tests.pallas_kernels.dilated_attention.cases import SMALL
 from tests.pallas_kernels.dilated_attention.suite import Suite
 
+if jax.default_backend() == "gpu":
+    pytest.skip("would leave Triton's interpreter on for the GPU's tests", allow_module_level=True)
 torch = pytest.importorskip("torch", reason="Triton's interpreter reads PyTorch's tensors")
 with pytest.MonkeyPatch.context() as patch:  # Triton looks at this wherever it defines a kernel
     patch.setenv("TRITON_INTERPRET", "1")
@@ -43,7 +46,9 @@ def triton_call(
         results = [widened(np.full(x.shape, np.nan, x.dtype)) for x in out_shape]
         for i, j in (input_output_aliases or {}).items():
             results[j] = arrays[i]
-        kernel[grid](*map(torch.from_numpy, (*arrays, *results)), **constants)
+        with np.errstate(invalid="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # NaN is what some tests put in
+            kernel[grid](*map(torch.from_numpy, (*arrays, *results)), **constants)
         return tuple(x.astype(y.dtype) for x, y in zip(results, out_shape, strict=True))
 
     return jax.pure_callback(host, out_shape, *inputs)
@@ -53,6 +58,9 @@ class TestInterpreted(Suite):
     name = "jax_triton"
     device = Device("gpu", "Triton's interpreter", (9, 0))
     must_take = tuple(name for name, case in SMALL.items() if case.dtype != "float64")
+
+    def test_batch_and_heads_divide_among_devices_without_messages(self):
+        pytest.skip("needs a process of its own, which would not have this one's `triton_call`.")
 
     @pytest.fixture(autouse=True)
     def interpreted(self, monkeypatch):
