@@ -159,6 +159,10 @@ Table = Rows | Callable[[dict[str, Any]], Rows]
 TABLES: tuple[tuple[str, str, Table, str], ...] = (  # page, name of its markers, table, JSON
     ("README.md", "cpu", CPU, "cpu.json"),
     ("docs/preprocessing.md", "preprocessing", PREPROCESSING, "cpu.json"),
+    ("README.md", "attention", headlines, "attention_h200.json"),
+    ("docs/kernels.md", "forward", every_row(FORWARD), "attention_h200.json"),
+    ("docs/kernels.md", "both", every_row(BOTH), "attention_h200.json"),
+    ("docs/kernels.md", "refusals", refusals, "attention_h200.json"),
 )
 
 
