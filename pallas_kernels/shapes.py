@@ -1,6 +1,7 @@
 """Real shapes by name: what the models run, and what tests, tuning and benchmarks read."""
 
 import dataclasses
+from typing import Any
 
 from pallas_kernels.dilated_attention.groups import Grid, fit
 
@@ -51,14 +52,14 @@ class Shape:
         return tokens * ((4 * self.head_dim + rel) * itemsize + 4)
 
 
+Fields = dict[str, Any]
+STUDENT: dict[str, Fields] = {"window16": {"segment": (16, 16)}, "grid_r4": {"dilation": 4}}
+TEACHER: dict[str, Fields] = {"window14": {"size": (70, 70), "segment": (14, 14)}, "global": {}}
 SHAPES = {
     # samlight_t's two blocks, in both of its splits into heads.
     **{
         f"{pattern}_b{b}_{n}x{d}": Shape(batch=b, heads=n, head_dim=d, **cut)
-        for pattern, cut in (
-            ("window16", {"segment": (16, 16)}),
-            ("grid_r4", {"dilation": 4}),
-        )
+        for pattern, cut in STUDENT.items()
         for b in (1, 16, 64)
         for n, d in ((3, 128), (6, 64))
     },
@@ -87,6 +88,6 @@ SHAPES = {
     **{
         f"sam_vit_{size}_{block}": Shape(batch=1, heads=n, head_dim=d, rel=True, **cut)
         for size, n, d in (("b", 12, 64), ("h", 16, 80))
-        for block, cut in (("window14", {"size": (70, 70), "segment": (14, 14)}), ("global", {}))
+        for block, cut in TEACHER.items()
     },
 }
