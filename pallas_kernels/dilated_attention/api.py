@@ -56,7 +56,8 @@ def dilated_attention(
 
     Returns:
       The output, in q's shape and dtype; with `return_residuals`, also the natural log-sum-exp
-      (..., L or H, W, heads), float32 (float64 where q is), differentiable.
+      (..., L or H, W, heads), float32 (float64 where q is). Both are differentiable, once and in
+      reverse; forward mode and second derivatives take `implementation="reference"`.
 
     Raises:
       ValueError: an argument does not fit the others.
