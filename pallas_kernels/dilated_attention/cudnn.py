@@ -16,8 +16,10 @@ def unsupported(
 ) -> str | None:
     """One sentence that says why `run` would not do, or None."""
     here, dtype, d = device.current(), qkv[0].dtype, qkv[0].shape[-1]
-    if here.platform != "gpu" or here.capability is None or here.interpret:
-        return f"needs a real NVIDIA GPU, but the device is {here}."
+    if here.platform != "gpu" or here.capability is None:
+        return f"needs an NVIDIA GPU, but the device is {here.kind!r} ({here.platform})."
+    if here.interpret:
+        return "is a library of the GPU's, which no interpreter runs."
     if here.capability < (8, 0):
         return f"needs compute capability 8.0, but {here.kind!r} has {here.capability}."
     if dtype not in DTYPES:

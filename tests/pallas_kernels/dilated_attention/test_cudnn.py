@@ -75,9 +75,9 @@ class TestCudnnOnGpu(Suite):
 @pytest.mark.parametrize(
     ("here", "change", "sentence"),
     [
-        (device.Device("cpu", "cpu"), {}, "needs a real NVIDIA GPU, but the device is Device"),
-        (dataclasses.replace(H200, interpret=True), {}, "needs a real NVIDIA GPU"),
-        (device.Device("gpu", "MI300"), {}, "needs a real NVIDIA GPU"),
+        (device.Device("cpu", "cpu"), {}, "needs an NVIDIA GPU, but the device is 'cpu'"),
+        (dataclasses.replace(H200, interpret=True), {}, "no interpreter runs"),
+        (device.Device("gpu", "MI300"), {}, "needs an NVIDIA GPU"),
         (device.Device("gpu", "T4", (7, 5)), {}, r"capability 8.0, but 'T4' has \(7, 5\)"),
         (H200, {"dtype": "float32"}, "float16 and bfloat16, but dtype=dtype\\('float32'\\)"),
         (H200, {"head_dim": 12}, "in steps of 8, but head_dim=12"),
