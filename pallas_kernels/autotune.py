@@ -58,7 +58,7 @@ def representatives(names: Sequence[str]) -> list[str]:
     """One shape for each key, of batch 16 where there is one."""
     found: dict[str, str] = {}
     for name in sorted(names, key=lambda name: abs(SHAPES[name].batch - BATCH)):
-        found.setdefault(triton.key(_cut(SHAPES[name])), name)
+        found.setdefault(tiles.key(_cut(SHAPES[name])), name)
     return list(found.values())
 
 
@@ -86,7 +86,7 @@ def tune(shape: Shape, most: int | None = None, seconds: float = 0.03) -> dict[s
             jobs = [(x, _compile(pool, kernel, cut.call, x, chains[0])) for x in configs]
         tried = [{"config": config, **_timed(job, chains, seconds)} for config, job in jobs]
         best = min((x for x in tried if "us" in x), key=lambda x: x["us"], default={})
-        found[tiles.name(triton.NAME, kernel, triton.key(cut))] = {**best, "candidates": tried}
+        found[tiles.name(triton.NAME, kernel, tiles.key(cut))] = {**best, "candidates": tried}
     return found
 
 

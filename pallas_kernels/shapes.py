@@ -37,7 +37,7 @@ class Shape:
     @property
     def keys(self) -> int:
         """Tokens of a group: what every query sees."""
-        return self.grid.group[0] * self.grid.group[1]
+        return self.grid.keys
 
     @property
     def flops(self) -> int:

@@ -10,9 +10,11 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import jax.numpy as jnp
 
 TUNED = Path(__file__).parent / "tuned"
 _USED: contextvars.ContextVar[dict[str, Any]] = contextvars.ContextVar("used", default={})  # noqa: B039
@@ -53,7 +55,7 @@ def lookup(kind: str, implementation: str, kernel: str, key: str) -> dict[str, A
       kind: the device's, as "NVIDIA H200".
       implementation: a back end's name.
       kernel: "forward", "dq" or "dkv".
-      key: what the tiles depend on, as the back end writes it.
+      key: what the tiles depend on, as `key` writes it.
     """
     if (used := _USED.get().get(f"{implementation}/{kernel}")) is not None:
         return used
@@ -64,6 +66,32 @@ def lookup(kind: str, implementation: str, kernel: str, key: str) -> dict[str, A
 def name(implementation: str, kernel: str, key: str) -> str:
     """Of an entry in tuned/<device>.json."""
     return f"{implementation}/{kernel}/{key}"
+
+
+def key(cut: Any) -> str:
+    """What the best tiles depend on.
+
+    Args:
+      cut: a kernel's view of a call, with its `call`, `head_dim`, `dtype` and `rel`.
+    """
+    rows, columns = cut.call.grid.group
+    rel = "_rel" if cut.rel else ""
+    return f"{jnp.dtype(cut.dtype).name}_d{cut.head_dim}_{rows}x{columns}{rel}"
+
+
+def choose(
+    implementation: str, kernel: str, cut: Any, candidates: Callable[[str, Any], list[Tiles]]
+) -> Tiles:
+    """Tuned tiles of the device, or the heuristic's.
+
+    Args:
+      implementation: a back end's name.
+      kernel: "forward", "dq" or "dkv".
+      cut: as in `key`.
+      candidates: `(kernel, cut) ->` tiles, the heuristic's choice first.
+    """
+    tuned = lookup(cut.call.device.kind, implementation, kernel, key(cut))
+    return Tiles(**tuned) if tuned else candidates(kernel, cut)[0]
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,6 +30,23 @@ def pattern(segment: object, dilation: object) -> tuple[bool, tuple[int, int], t
             "that is a multiple of the dilation."
         )
     return planar, segment_hw, dilation_hw
+
+
+def patterns(pairs: Any) -> None:
+    """Checks a mixture's (segment, dilation) pairs: there are some, all 1-D or all 2-D."""
+    well_formed = isinstance(pairs, Sequence) and all(
+        isinstance(i, tuple | list) and len(i) == 2 for i in pairs
+    )
+    if not well_formed or not pairs:
+        raise ValueError(
+            f"patterns={pairs!r} must be one or more (segment, dilation) pairs; for a single "
+            "pattern pass [(segment, dilation)]."
+        )
+    if len({pattern(*i)[0] for i in pairs}) == 2:
+        raise ValueError(
+            f"patterns={pairs!r} must be all 1-D or all 2-D; write every segment as one number, "
+            "or every segment as a pair (rows, columns)."
+        )
 
 
 def _whole_numbers(name: str, got: Any) -> list[int]:

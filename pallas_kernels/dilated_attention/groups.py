@@ -37,6 +37,17 @@ class Grid:
         return sh // rh, sw // rw
 
     @property
+    def keys(self) -> int:
+        """Tokens of a group: what every query sees."""
+        return self.group[0] * self.group[1]
+
+    @property
+    def segments(self) -> tuple[int, int]:
+        """Segments down and across the padded map."""
+        (h, w), (sh, sw) = self.padded, self.segment
+        return h // sh, w // sw
+
+    @property
     def residues(self) -> int:
         """Groups in a segment."""
         return self.dilation[0] * self.dilation[1]

@@ -40,8 +40,8 @@ def unsupported(
         return f"takes a head_dim of 16 to 128, but {head_dim=}."
     if rel and grid.group[1] > 128:
         return f"takes relative terms of at most 128 key columns, but a group is {grid.group=}."
-    if (image := math.prod(qkv[0].shape[1:])) >= 1 << 31:
-        return f"takes less than 2**31 numbers an image, but one of qkv holds {image}."
+    if (image := max(math.prod(x.shape[1:]) for x in (*qkv, *rel))) >= 1 << 31:
+        return f"takes less than 2**31 numbers an image, but one of qkv and rel holds {image}."
     return _missing()
 
 
@@ -78,17 +78,6 @@ class Cut:
     rel: bool
     tiles: Tiles
 
-    @property
-    def keys(self) -> int:
-        """Tokens of a group."""
-        return math.prod(self.call.grid.group)
-
-    @property
-    def segments(self) -> int:
-        """Segments of one map."""
-        (h, w), (sh, sw) = self.call.grid.padded, self.call.grid.segment
-        return (h // sh) * (w // sw)
-
     def constants(self) -> dict[str, Any]:
         """What the kernels read."""
         grid, vector = self.call.grid, self.heads * self.head_dim
@@ -103,6 +92,8 @@ class Cut:
             "width0": whole,
             "width1": _power_of_2(max(16, self.head_dim - whole)) if self.head_dim > whole else 0,
             "parts": 2 if self.head_dim > whole else 1,
+            # Of float32 alone: its own products, the exact choice, which no tensor core makes.
+            # `triton`, asked before this back end, takes three of TF32 on tensor cores instead.
             "precision": "ieee",
             "scale": self.call.scale,
             "rel": self.rel,
@@ -113,23 +104,23 @@ class Cut:
             "segment_w": grid.segment[1],
             "dilation_h": grid.dilation[0],
             "dilation_w": grid.dilation[1],
-            "segments": self.segments,
-            "segments_across": grid.padded[1] // grid.segment[1],
+            "segments": math.prod(grid.segments),
+            "segments_across": grid.segments[1],
             "residues": grid.residues,
             "rows": rows,
             "columns": columns,
-            "tokens": self.keys,
+            "tokens": grid.keys,
             "pitch": pitch,
             "slots_k": slots_k,
             "stride": 3 * vector if self.packed else vector,
             "stride_out": vector,
             "slot": vector if self.packed else 0,
             "ragged": ragged,
-            "masked_q": ragged or self.keys % block_q != 0,
+            "masked_q": ragged or grid.keys % block_q != 0,
             "masked_k": ragged or slots_k % block_k != 0 or pitch != columns,
             "block_q": block_q,
             "block_k": block_k,
-            "tiles_q": -(-self.keys // block_q),
+            "tiles_q": -(-grid.keys // block_q),
             "tiles_k": -(-slots_k // block_k),
         }
 
@@ -137,19 +128,6 @@ class Cut:
 def _power_of_2(x: int) -> int:
     """The least that is not below x."""
     return 1 << (x - 1).bit_length()
-
-
-def key(cut: Cut) -> str:
-    """What the best tiles depend on."""
-    rows, columns = cut.call.grid.group
-    rel = "_rel" if cut.rel else ""
-    return f"{jnp.dtype(cut.dtype).name}_d{cut.head_dim}_{rows}x{columns}{rel}"
-
-
-def choose(kernel: str, cut: Cut) -> Tiles:
-    """Tuned tiles of the device, or the heuristic's."""
-    tuned = tiles.lookup(cut.call.device.kind, NAME, kernel, key(cut))
-    return Tiles(**tuned) if tuned else candidates(kernel, cut)[0]
 
 
 def candidates(kernel: str, cut: Cut) -> list[Tiles]:
@@ -164,7 +142,7 @@ def candidates(kernel: str, cut: Cut) -> list[Tiles]:
         sizes = [(32, 32), (64, 32), (32, 64), (64, 64)]
     if kernel == "dkv":
         sizes = [(k, q) for q, k in sizes]
-    whole = max(16, _power_of_2(cut.keys))
+    whole = max(16, _power_of_2(cut.call.grid.keys))
     pitch = _power_of_2(cut.call.grid.group[1]) if cut.rel else 16
     sizes = [(min(q, whole), max(min(k, whole), pitch)) for q, k in sizes]
     return [
@@ -179,7 +157,7 @@ def candidates(kernel: str, cut: Cut) -> list[Tiles]:
 def _cut(kernel: str, call: Call, qkv: Arrays, rel: Arrays) -> Cut:
     heads, head_dim = qkv[0].shape[-2:]
     cut = Cut(call, heads, head_dim, qkv[0].dtype, len(qkv) == 1, bool(rel), Tiles(0, 0, 0, 0))
-    return dataclasses.replace(cut, tiles=choose(kernel, cut))
+    return dataclasses.replace(cut, tiles=tiles.choose(NAME, kernel, cut, candidates))
 
 
 def _launch(
@@ -200,7 +178,7 @@ def _launch(
     from pallas_kernels.dilated_attention import jax_triton_kernels as kernels
 
     constants, call = cut.constants(), cut.call
-    groups_ = inputs[0].shape[0] * cut.segments * call.grid.residues
+    groups_ = inputs[0].shape[0] * math.prod(call.grid.segments) * call.grid.residues
     major, minor = call.device.capability or (8, 0)
     return triton_call(
         *inputs,
@@ -228,9 +206,9 @@ def forward(call: Call, qkv: Arrays, rel: Arrays) -> tuple[jax.Array, jax.Array]
     """The output and the grouped log-sum-exp; see `transforms.run_of`."""
     cut = _cut("forward", call, qkv, rel)
     b, h, w = qkv[0].shape[:3]
-    residues = 1 if call.own else call.grid.residues
+    segments, residues = math.prod(call.grid.segments), 1 if call.own else call.grid.residues
     out = jax.ShapeDtypeStruct((b, h, w, cut.heads, cut.head_dim), cut.dtype)
-    lse = jax.ShapeDtypeStruct((b, cut.segments, residues, cut.heads, cut.keys), jnp.float32)
+    lse = jax.ShapeDtypeStruct((b, segments, residues, cut.heads, call.grid.keys), jnp.float32)
     out, lse = _launch("forward", cut, _inputs(qkv, rel), (out, lse), tiles_each="tiles_q")
     return out, lse
 

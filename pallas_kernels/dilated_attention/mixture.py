@@ -46,7 +46,7 @@ def dilated_attention_mixture(
       ValueError: `patterns` is empty, holds what is no pair, or mixes the two forms; or as there.
       Unsupported: as there.
     """
-    _check(patterns)
+    checks.patterns(patterns)
     parts = [
         dilated_attention(
             q,
@@ -64,22 +64,6 @@ def dilated_attention_mixture(
     ]
     out, lse = _mix([out for out, _ in parts], jnp.stack([lse for _, lse in parts]))
     return (out, lse) if return_residuals else out
-
-
-def _check(patterns: Any) -> None:
-    pairs = isinstance(patterns, Sequence) and all(
-        isinstance(i, tuple | list) and len(i) == 2 for i in patterns
-    )
-    if not pairs or not patterns:
-        raise ValueError(
-            f"patterns={patterns!r} must be one or more (segment, dilation) pairs; for a single "
-            "pattern pass [(segment, dilation)]."
-        )
-    if len({checks.pattern(*i)[0] for i in patterns}) == 2:
-        raise ValueError(
-            f"patterns={patterns!r} must be all 1-D or all 2-D; write every segment as one number, "
-            "or every segment as a pair (rows, columns)."
-        )
 
 
 def _mix(outs: list[jax.Array], lses: jax.Array) -> tuple[jax.Array, jax.Array]:

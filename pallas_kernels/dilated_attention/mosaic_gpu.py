@@ -8,7 +8,6 @@ turns: one multiplies while the other exponentiates.
 """
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -71,7 +70,7 @@ def unsupported(
 def _unsupported_grid(grid: groups.Grid) -> str | None:
     if grid.size != grid.padded:
         return f"takes whole segments, but {grid.segment=} does not divide {grid.size=}."
-    columns, keys = grid.group[1], math.prod(grid.group)
+    columns, keys = grid.group[1], grid.keys
     if columns % 8 or (ROWS % columns and columns % BLOCK):
         return f"takes groups 8, 16, 32, 64 or a multiple of {BLOCK} wide, but {grid.group=}."
     if keys % BLOCK:

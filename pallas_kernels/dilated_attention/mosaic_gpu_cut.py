@@ -50,18 +50,14 @@ class Cut:
     @property
     def keys(self) -> int:
         """Tokens of a group."""
-        return math.prod(self.call.grid.group)
-
-    @property
-    def segments(self) -> tuple[int, int]:
-        """Down and across one map."""
-        (h, w), (sh, sw) = self.call.grid.size, self.call.grid.segment
-        return h // sh, w // sw
+        return self.call.grid.keys
 
     @property
     def pairs(self) -> int:
         """Pairs of a group and a head."""
-        return self.batch * math.prod(self.segments) * self.call.grid.residues * self.heads
+        return (
+            self.batch * math.prod(self.call.grid.segments) * self.call.grid.residues * self.heads
+        )
 
     def view(self, x: Any) -> Any:
         """q, k, v, all three packed, or an output, as (b H / rh, rh W / rw, ...); a bitcast."""
@@ -77,7 +73,7 @@ class Cut:
 
     def grouped(self) -> tuple[int, ...]:
         """The shape of such numbers outside of the kernels."""
-        segments, residues = math.prod(self.segments), self.call.grid.residues
+        segments, residues = math.prod(self.call.grid.segments), self.call.grid.residues
         return self.batch, segments, residues, self.heads, self.keys
 
     def box(self, tokens: int) -> tuple[int, int]:
@@ -111,7 +107,7 @@ class Pair:
     """
 
     def __init__(self, cut: Cut, index: Any):
-        grid, (down, across) = cut.call.grid, cut.segments
+        grid, (down, across) = cut.call.grid, cut.call.grid.segments
         self.cut, self.index = cut, index
         rest, self.head = _divmod(index, cut.heads)
         rest, residue = _divmod(rest, grid.residues)

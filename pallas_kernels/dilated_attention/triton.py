@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 from typing import Any
 
 import jax
@@ -108,20 +109,7 @@ def _like(x: Any, shape: Any = None, dtype: Any = None) -> jax.ShapeDtypeStruct:
 def _cut(kernel: str, call: Call, qkv: Arrays, rel: Arrays) -> Cut:
     heads, head_dim = qkv[0].shape[-2:]
     cut = Cut(call, heads, head_dim, qkv[0].dtype, bool(rel), Tiles(0, 0, 0, 0))
-    return dataclasses.replace(cut, tiles=choose(kernel, cut))
-
-
-def key(cut: Cut) -> str:
-    """What the best tiles depend on."""
-    rows, columns = cut.call.grid.group
-    rel = "_rel" if cut.rel else ""
-    return f"{jnp.dtype(cut.dtype).name}_d{cut.head_dim}_{rows}x{columns}{rel}"
-
-
-def choose(kernel: str, cut: Cut) -> Tiles:
-    """Tuned tiles of the device, or the heuristic's."""
-    tuned = tiles.lookup(cut.call.device.kind, NAME, kernel, key(cut))
-    return Tiles(**tuned) if tuned else candidates(kernel, cut)[0]
+    return dataclasses.replace(cut, tiles=tiles.choose(NAME, kernel, cut, candidates))
 
 
 def candidates(kernel: str, cut: Cut) -> list[Tiles]:
@@ -131,7 +119,7 @@ def candidates(kernel: str, cut: Cut) -> list[Tiles]:
       kernel: "forward", "dq" or "dkv".
       cut: of the call; its tiles are ignored.
     """
-    whole = max(16, pl.next_power_of_2(cut.keys))
+    whole = max(16, pl.next_power_of_2(cut.call.grid.keys))
     columns = cut.call.grid.group[1]
     by_row = cut.rel and columns in (32, 64, 128)  # then a tile of keys is a row
     itemsize = jnp.dtype(cut.dtype).itemsize
@@ -167,8 +155,8 @@ def forward(call: Call, qkv: Arrays, rel: Arrays) -> tuple[jax.Array, jax.Array]
     views, slots = _slots(qkv)
     b, h, w = qkv[0].shape[:3]
     out = _like(qkv[0], (b, h, w, cut.heads, cut.head_dim))
-    residues = 1 if call.own else call.grid.residues
-    lse = _like(out, (b, cut.segments, residues, cut.heads, cut.keys), jnp.float32)
+    segments, residues = math.prod(call.grid.segments), 1 if call.own else call.grid.residues
+    lse = _like(out, (b, segments, residues, cut.heads, call.grid.keys), jnp.float32)
     out, lse = _call(
         functools.partial(kernels.forward_kernel, cut=cut, slots=slots),
         cut,

@@ -66,46 +66,38 @@ class Cut:
         interpret = self.call.device.interpret
         return "highest" if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
 
-    @property
-    def keys(self) -> int:
-        """Tokens of a group."""
-        return math.prod(self.call.grid.group)
-
-    @property
-    def segments(self) -> int:
-        """Segments of one map."""
-        (h, w), (sh, sw) = self.call.grid.padded, self.call.grid.segment
-        return (h // sh) * (w // sw)
-
     def programs(self, batch: int, block: int) -> int:
         """How many tiles of `block` tokens there are."""
-        residues = self.call.grid.residues
-        return batch * self.segments * residues * self.heads * pl.cdiv(self.keys, block)
+        grid = self.call.grid
+        groups = batch * math.prod(grid.segments) * grid.residues
+        return groups * self.heads * pl.cdiv(grid.keys, block)
 
     def place(self, program: Any, block: int) -> tuple[Any, Any, Any, Any, Any]:
         """(batch, segment, residue, head, tile) of a program; tiles of a group are neighbours."""
-        rest, tile = _divmod(program, pl.cdiv(self.keys, block))
+        grid = self.call.grid
+        rest, tile = _divmod(program, pl.cdiv(grid.keys, block))
         rest, head = _divmod(rest, self.heads)
-        rest, residue = _divmod(rest, self.call.grid.residues)
-        batch, segment = _divmod(rest, self.segments)
+        rest, residue = _divmod(rest, grid.residues)
+        batch, segment = _divmod(rest, math.prod(grid.segments))
         return batch, segment, residue, head, tile
 
     def tokens(self, segment: Any, residue: Any, index: jax.Array) -> tuple[jax.Array, Any]:
         """(flat position on the map, whether it is a real token) of a group's tokens."""
         grid = self.call.grid
-        sy, sx = _divmod(segment, grid.padded[1] // grid.segment[1])
+        sy, sx = _divmod(segment, grid.segments[1])
         ry, rx = _divmod(residue, grid.dilation[1])
         row, column = _divmod(index, grid.group[1])
         y = sy * grid.segment[0] + ry + row * grid.dilation[0]
         x = sx * grid.segment[1] + rx + column * grid.dilation[1]
-        real = index < self.keys
+        real = index < grid.keys
         if grid.size != grid.padded:
             real &= (y < grid.size[0]) & (x < grid.size[1])
         return y * grid.size[1] + x, real
 
     def masked(self, block: int) -> bool:
         """Whether some tile of `block` tokens holds what is none."""
-        return self.keys % block != 0 or self.call.grid.size != self.call.grid.padded
+        grid = self.call.grid
+        return grid.keys % block != 0 or grid.size != grid.padded
 
 
 def _divmod(x: Any, by: int) -> tuple[Any, Any]:
@@ -131,7 +123,7 @@ class _Tile:
         if masked:  # never where another token lies: Pallas's interpreter writes that back
             self.at = jnp.where(real, self.at, math.prod(cut.call.grid.size))
         self.real = real if masked else None
-        self.inside = self.index < cut.keys if masked else None
+        self.inside = self.index < cut.call.grid.keys if masked else None
 
     def load(self, ref: Any, slot: int) -> list[jax.Array]:
         """(block, size) of q, k, v, an output or a gradient, for each part of the head."""
@@ -214,8 +206,9 @@ class _Program:
 
     def fold(self, block: int, step: Any, carry: Any) -> Any:
         """Folds `step(tile, carry)` over the group's tiles; masked are only those that need it."""
-        ragged = self.cut.call.grid.size != self.cut.call.grid.padded
-        whole, rest = divmod(self.cut.keys, block)
+        grid = self.cut.call.grid
+        ragged = grid.size != grid.padded
+        whole, rest = divmod(grid.keys, block)
         carry = lax.fori_loop(
             0, whole, lambda i, c: step(self.tile(i * block, block, ragged), c), carry
         )

@@ -47,7 +47,8 @@ def test_the_best_of_the_candidates_is_what_a_call_then_takes(folder, monkeypatc
         entry = report["entries"][f"triton/{kernel}/{KEY}"]
         assert entry["us"] == 10 and entry["shape"] == "tiny"
         assert [x["us"] for x in entry["candidates"]] == [30, 10, 20]
-        assert triton.choose(kernel, autotune._cut(TINY)) == found[1]
+        cut = autotune._cut(TINY)
+        assert tiles.choose("triton", kernel, cut, triton.candidates) == found[1]
 
 
 def test_each_candidate_is_timed_with_its_own_tiles(folder):
@@ -72,7 +73,7 @@ def test_shapes_that_share_a_key_are_tuned_once():
     with device.assume(device.Device("gpu", "NVIDIA H200", (9, 0))):
         found = autotune.representatives(list(SHAPES))
         assert "window16_b16_6x64" in found and "window16_b1_6x64" not in found
-        keys = {triton.key(autotune._cut(shape)) for shape in SHAPES.values()}
+        keys = {tiles.key(autotune._cut(shape)) for shape in SHAPES.values()}
     assert len(found) == len(keys)
 
 

@@ -2,7 +2,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dilated_attention, dilated_attention_qkvpacked
+from pallas_kernels import (
+    dilated_attention,
+    dilated_attention_mixture,
+    dilated_attention_qkvpacked,
+)
 
 ROW = jnp.ones((8, 2, 4))
 PLANE = jnp.ones((8, 6, 2, 4))
@@ -118,3 +122,20 @@ def test_scale(bad):
 def test_packed_shape(shape):
     with pytest.raises(ValueError, match=r"qkv.shape=\(.*\) must be \(\.\.\., L, 3, heads, d\)"):
         dilated_attention_qkvpacked(jnp.ones(shape), segment=4)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        ([], r"patterns=\[\] must be one or more \(segment, dilation\) pairs; for a single"),
+        ((8, 2), r"patterns=\(8, 2\) must be one or more \(segment, dilation\) pairs"),
+        ([8], r"patterns=\[8\] must be one or more"),
+        ([(8, 2, 1)], r"patterns=\[\(8, 2, 1\)\] must be one or more"),
+        (8, "patterns=8 must be one or more"),
+        ([(8, 2), ((4, 4), 1)], r"\(\(4, 4\), 1\)\] must be all 1-D or all 2-D; write every"),
+        ([(8, 3)], "dilation=3 must divide segment=8"),
+    ],
+)
+def test_patterns_of_a_mixture(patterns, message):
+    with pytest.raises(ValueError, match=message):
+        dilated_attention_mixture(ROW, ROW, ROW, patterns=patterns)

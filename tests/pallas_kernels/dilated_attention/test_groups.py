@@ -40,6 +40,17 @@ def test_fit(size, segment, dilation, clamped, padded):
 
 @hypothesis.settings(max_examples=50, derandomize=True)
 @hypothesis.given(grids())
+def test_counts(grid):
+    (h, w), (sh, sw), (rh, rw) = grid.size, grid.segment, grid.dilation
+    assert grid.segments == (len({y // sh for y in range(h)}), len({x // sw for x in range(w)}))
+    assert grid.keys == sum(y % rh == x % rw == 0 for y in range(sh) for x in range(sw))
+    grouped = groups.group(tokens(grid), grid)
+    assert grouped.shape[1:3] == (np.prod(grid.segments), grid.residues)
+    assert grouped.shape[4] == grid.keys
+
+
+@hypothesis.settings(max_examples=50, derandomize=True)
+@hypothesis.given(grids())
 def test_group_follows_the_definition(grid):
     x = tokens(grid)
     got = groups.group(x, grid)

@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from pallas_kernels import device
-from pallas_kernels.dilated_attention import jax_triton, transforms
+from pallas_kernels.dilated_attention import groups, jax_triton, transforms
 from tests.pallas_kernels.dilated_attention.cases import REAL, SMALL, Case
 from tests.pallas_kernels.dilated_attention.suite import Suite
 
@@ -45,6 +45,25 @@ def test_refuses_in_one_sentence(change, on, words):
     assert reason is not None
     assert words in reason, reason
     assert reason.endswith("."), reason
+
+
+def test_refuses_images_whose_offsets_pass_32_bits():
+    """By shapes alone: the arrays would fill gigabytes."""
+
+    def reason(*shape):
+        x = jax.ShapeDtypeStruct(shape, "bfloat16")
+        grid = groups.fit(shape[1:3], (16, 16), (1, 1))
+        qkv = (x,) if len(shape) == 6 else (x, x, x)
+        with device.assume(H200):
+            return jax_triton.unsupported(qkv, (), grid=grid, offsets="all", scale=0.1)
+
+    taken = reason(1, 16, 16, 1, 64)  # None, or that jax-triton is not here
+    assert reason(1, 4096, 4096, 1, 127) == taken
+    sentence = "takes less than 2**31 numbers an image, but one of qkv and rel holds {}."
+    assert reason(1, 4096, 4096, 1, 128) == sentence.format(2**31)
+    # A packed array holds three at once; a batch is no image.
+    assert reason(1, 4096, 4096, 3, 1, 64) == sentence.format(3 * 2**30)
+    assert reason(64, 4096, 4096, 1, 64) == taken
 
 
 def test_says_what_to_install(monkeypatch):

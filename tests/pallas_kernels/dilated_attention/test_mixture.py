@@ -152,24 +152,6 @@ def test_dtypes(dtype):
     np.testing.assert_allclose(out.astype(jnp.float32), want, atol=tolerance)
 
 
-@pytest.mark.parametrize(
-    ("patterns", "message"),
-    [
-        ([], r"patterns=\[\] must be one or more \(segment, dilation\) pairs; for a single"),
-        ((8, 2), r"patterns=\(8, 2\) must be one or more \(segment, dilation\) pairs"),
-        ([8], r"patterns=\[8\] must be one or more"),
-        ([(8, 2, 1)], r"patterns=\[\(8, 2, 1\)\] must be one or more"),
-        (8, "patterns=8 must be one or more"),
-        ([(8, 2), ((4, 4), 1)], r"\(\(4, 4\), 1\)\] must be all 1-D or all 2-D; write every"),
-        ([(8, 3)], "dilation=3 must divide segment=8"),
-    ],
-)
-def test_errors(patterns, message):
-    q = jnp.ones((16, 2, 4))
-    with pytest.raises(ValueError, match=message):
-        dilated_attention_mixture(q, q, q, patterns=patterns)
-
-
 def test_implementation_and_padding_reach_every_pattern():
     q = jnp.ones((12, 2, 4))
     with pytest.raises(ValueError, match="implementation='none' is unknown"):

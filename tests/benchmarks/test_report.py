@@ -1,0 +1,99 @@
+"""The tables of attention, from a JSON of a few rows."""
+
+import pytest
+
+from benchmarks import report
+
+WINDOW, GLOBAL, OTHER = "window16_b1_6x64", "sam_vit_h_global", "of_no_headline"
+
+
+def timed(shape, name, forward, both=None, floor=4.0, mib=0.25):
+    """A back end's rows of a shape: `forward` and, unless None, `both` microseconds."""
+    return [
+        {
+            **{"shape": shape, "implementation": name, "direction": direction, "median_us": us},
+            **{"floor_us": floor, "floor_ratio": us / floor, "memory_mib": {"temporary": mib}},
+        }
+        for direction, us in (("forward", forward), ("forward+backward", both))
+        if us is not None
+    ]
+
+
+def refused(shape, name, why, key="refused"):
+    return [
+        {"shape": shape, "implementation": name, "direction": direction, key: why}
+        for direction in ("forward", "forward+backward")
+    ]
+
+
+def values(*rows, shapes=(WINDOW, GLOBAL, OTHER)):
+    return {
+        **{"device": "NVIDIA H200", "jax": "0.11.2", "date": "2026-01-02"},
+        "shapes": {shape: {"keys": 256 * 4**i} for i, shape in enumerate(shapes)},
+        "rows": [row for some in rows for row in some],
+    }
+
+
+@pytest.fixture
+def some():
+    return values(
+        timed(WINDOW, "mosaic_gpu", 8.0, 30.0),
+        timed(WINDOW, "triton", 7.0, 20.0, mib=0.5),  # faster, but not what runs by default
+        timed(WINDOW, "cudnn", 20.0, 45.0),
+        timed(WINDOW, "unfused", 16.0, 60.0),
+        refused(GLOBAL, "mosaic_gpu", "takes no relative positions."),
+        timed(GLOBAL, "triton", 150.0, floor=100.0, mib=2.0),
+        refused(GLOBAL, "cudnn", "would need the relative positions."),
+        timed(GLOBAL, "unfused", 600.0, 2000.0, floor=100.0),
+        timed(OTHER, "unfused", 9.0),
+    )
+
+
+def test_headlines(some):
+    head, *rows = report.headlines(some)
+    assert len(head) == 8
+    assert rows == [
+        [f"`{WINDOW}`", "mosaic_gpu", "4.0 us", "8.0 us", "2.00", "2.50", "30.0 us", "1.50"],
+        [f"`{GLOBAL}`", "triton", "100 us", "150 us", "1.50", "4.00", "-", "-"],
+    ]
+    first, line, *_ = report.markdown(report.headlines, some).splitlines()
+    assert first.startswith("| bf16, NVIDIA H200, jax 0.11.2, 2026-01-02 | kernel |")
+    assert line == "|---" * 8 + "|"
+
+
+def test_every_shape_and_back_end_that_was_timed(some):
+    assert report.every_row("forward")(some) == [
+        ("forward, us", "keys", "floor", "mosaic_gpu", "triton", "cudnn", "unfused", "MiB"),
+        (f"`{WINDOW}`", "256", "4.0", "8.0", "7.0", "20.0", "16.0", "0.2"),
+        (f"`{GLOBAL}`", "1024", "100.0", "-", "150.0", "-", "600.0", "2.0"),
+        (f"`{OTHER}`", "4096", "4.0", "-", "-", "-", "9.0", "-"),
+    ]
+    assert report.every_row("forward+backward")(some) == [
+        (
+            *("forward + backward, us", "keys", "floor"),
+            *("mosaic_gpu", "triton", "cudnn", "unfused", "MiB"),
+        ),
+        (f"`{WINDOW}`", "256", "4.0", "30.0", "20.0", "45.0", "60.0", "0.2"),
+        (f"`{GLOBAL}`", "1024", "100.0", "-", "-", "-", "2000.0", "-"),
+    ]
+
+
+def test_refusals_are_gathered_by_back_end_and_sentence():
+    names = [f"shape{i}" for i in range(7)]
+    got = report.refusals(
+        values(
+            *(refused(name, "cudnn", "is too old.") for name in names),
+            *(refused(name, "cudnn_dense", "is for dense attention.") for name in names[:2]),
+            refused(names[0], "triton", "is too old."),
+            refused(names[1], "xla", "the time budget was spent.", key="skipped"),
+            timed(names[2], "xla", 1.0),
+            shapes=names,
+        )
+    )
+    assert got == [
+        ("back end", "its sentence", "shapes"),
+        ("`cudnn`", "is too old.", "7 of them"),
+        ("`cudnn_dense`", "is for dense attention.", "`shape0`, `shape1`"),
+        ("`triton`", "is too old.", "`shape0`"),
+        ("`xla`", "the time budget was spent.", "`shape1`"),
+    ]
