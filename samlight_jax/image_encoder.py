@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from samlight_jax.attention import Attention
@@ -85,7 +86,8 @@ class ImageEncoderViT(nnx.Module):
         x = self.patch_embed(x) + self.pos_embed[...]
         features = {"patch_embed": x}
         for i, block in enumerate(self.blocks):
-            features[f"blocks.{i}"] = x = block(x)
+            # The name lets a training program keep these alone (`jax.checkpoint_policies`).
+            features[f"blocks.{i}"] = x = checkpoint_name(block(x), "block")
         return self.neck(x), features
 
 

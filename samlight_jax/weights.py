@@ -33,10 +33,11 @@ ORBAX_METADATA = "samlight.json"
 
 def expected(config: SamConfig, *, folded: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
     """Every array that a model of this config holds, by name, without building it."""
-    return _values(_abstract(config, folded))
+    return values(_abstract(config, folded))
 
 
-def _values(model: Sam) -> dict[str, Any]:
+def values(model: Sam) -> dict[str, Any]:
+    """The model's arrays by name."""
     flat = nnx.to_flat_state(nnx.state(model))
     return {_name(path): leaf.get_value() for path, leaf in flat}
 
@@ -69,9 +70,14 @@ def build(config: SamConfig, arrays: Mapping[str, np.ndarray], *, folded: bool =
     """
     _check(config, arrays)
     arrays = fold(arrays) if folded else arrays
-    graphdef, state = nnx.split(_abstract(config, folded))
+    return replaced(_abstract(config, folded), lambda name, _: jax.numpy.asarray(arrays[name]))
+
+
+def replaced(model: Sam, change: Callable[[str, Any], Any]) -> Sam:
+    """A copy of the model with `change(name, array)` in place of each array."""
+    graphdef, state = nnx.split(model)
     leaves = [
-        (path, leaf.replace(jax.numpy.asarray(arrays[_name(path)])))
+        (path, leaf.replace(change(_name(path), leaf.get_value())))
         for path, leaf in nnx.to_flat_state(state)
     ]
     return nnx.merge(graphdef, nnx.from_flat_state(leaves))
@@ -131,7 +137,7 @@ def resize(
 
 def arrays_of(model: Sam) -> dict[str, np.ndarray]:
     """The model's arrays by name, as numpy."""
-    return {name: np.asarray(value) for name, value in _values(model).items()}
+    return {name: np.asarray(value) for name, value in values(model).items()}
 
 
 def fingerprint(config: SamConfig, arrays: Mapping[str, np.ndarray]) -> str:

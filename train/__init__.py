@@ -1,0 +1,1 @@
+"""Distillation and evaluation: programs over `samlight_jax`."""

@@ -1,0 +1,139 @@
+"""Random views of photographs, made on the device from the whole batch at once.
+
+Each photograph has a key of its own, so that a view does not depend on how many devices share the
+batch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from samlight_jax.preprocess import PIXEL_MEAN, PIXEL_STD
+from train.config import Augment
+
+GREY = (0.299, 0.587, 0.114)  # of red, green, blue; ITU-R BT.601
+
+
+class Views(NamedTuple):
+    """What the models see.
+
+    Attributes:
+      pixels: (b, s, s, 3) float32, normalised, zero beyond `size`.
+      size: (b, 2) int32, (height, width) of the view within the frame.
+    """
+
+    pixels: Array
+    size: Array
+
+    def inside(self, side: int) -> Array:
+        """(b, side, side) bool: the cells of a coarser grid whose centres lie in the view."""
+        centres = (jnp.arange(side) + 0.5) * (self.pixels.shape[1] / side)
+        rows, columns = (centres < self.size[:, i, None] for i in range(2))
+        return rows[:, :, None] & columns[:, None, :]
+
+
+def views(
+    photos: Array, sizes: Array, keys: Array, augment: Augment | None, image_size: int
+) -> Views:
+    """Views of a batch of photographs.
+
+    Args:
+      photos: (b, c, c, 3) uint8, each in the top left corner of its canvas.
+      sizes: (b, 2) int32, (height, width) of each photograph.
+      keys: (b,) random keys, one a photograph.
+      augment: what to vary; None shows each photograph whole and as it is.
+      image_size: side of the frame.
+    """
+    boxes, flips = jax.vmap(lambda size, key: _crop(size, key, augment))(sizes, keys)
+    pixels, size = jax.vmap(lambda *one: _render(*one, image_size))(photos, boxes, flips)
+    seen = Views(pixels, size)
+    if augment is not None:
+        inside = seen.inside(image_size)
+        pixels = jax.vmap(lambda x, key: _colour(x, key, augment))(pixels, keys)
+        pixels = _mixed(pixels, inside, size, keys, augment)
+        seen = Views(pixels, size)
+    pixels = (seen.pixels - PIXEL_MEAN) / PIXEL_STD
+    return Views(jnp.where(seen.inside(image_size)[..., None], pixels, 0), size)
+
+
+def _key(key: Array, use: int) -> Array:
+    return jax.random.fold_in(key, use)
+
+
+def _crop(size: Array, key: Array, augment: Augment | None) -> tuple[Array, Array]:
+    """One photograph's ((top, left, height, width), whether it is mirrored)."""
+    size = size.astype(jnp.float32)
+    if augment is None:
+        return jnp.concatenate([jnp.zeros(2), size]), jnp.array(False)
+    area, aspect, place, whole, flip = (_key(key, i) for i in range(5))
+    share = jax.random.uniform(area, (), minval=augment.scale[0], maxval=augment.scale[1])
+    turn = jnp.log(augment.aspect) * jax.random.uniform(aspect, (), minval=-1.0)
+    # The photograph's own shape, turned by up to `aspect`, at most as large as it.
+    sides = size * jnp.sqrt(share) * jnp.exp(jnp.stack([-turn, turn]) / 2)
+    sides = jnp.clip(sides, 1, size)
+    sides = jnp.where(jax.random.uniform(whole) < augment.whole, size, sides)
+    corner = jax.random.uniform(place, (2,)) * (size - sides)
+    return jnp.concatenate([corner, sides]), jax.random.uniform(flip) < augment.flip
+
+
+def _render(photo: Array, box: Array, flip: Array, image_size: int) -> tuple[Array, Array]:
+    """One crop with its long side at `image_size`, as (s, s, 3) from 0 to 255, and its size."""
+    canvas = photo.shape[0]
+    photo = jnp.where(flip, photo[:, ::-1], photo)
+    top, left, height, width = box
+    left = jnp.where(flip, canvas - left - width, left)
+    long = jnp.maximum(height, width)
+    size = jnp.floor(jnp.stack([height, width]) / long * image_size + 0.5)
+    size = jnp.maximum(size, 1)
+    scale = size / jnp.stack([height, width])
+    pixels = jax.image.scale_and_translate(
+        photo.astype(jnp.float32),
+        (image_size, image_size, 3),
+        (0, 1),
+        scale,
+        -jnp.stack([top, left]) * scale,
+        "linear",
+        precision=jax.lax.Precision.DEFAULT,
+    )
+    return pixels, size.astype(jnp.int32)
+
+
+def _colour(pixels: Array, key: Array, augment: Augment) -> Array:
+    """Brightness, then contrast about the mean grey, then saturation."""
+    by = 1 + augment.colour * jax.random.uniform(_key(key, 5), (3,), minval=-1.0)
+    pixels = pixels * by[0]
+    grey = (pixels * jnp.array(GREY)).sum(-1, keepdims=True)
+    middle = grey.mean()
+    pixels = middle + by[1] * (pixels - middle)
+    grey = middle + by[1] * (grey - middle)
+    return jnp.clip(grey + by[2] * (pixels - grey), 0, 255)
+
+
+def _mixed(pixels: Array, inside: Array, size: Array, keys: Array, augment: Augment) -> Array:
+    """Parts of the next photographs of the batch on each one, where both have something to show."""
+    draw = jax.vmap(lambda key, use: jax.random.uniform(_key(key, use), (5,)), (0, None))
+    batch, side = pixels.shape[0], pixels.shape[1]
+    if batch < 2:
+        return pixels
+    places = jnp.arange(side) + 0.5
+    y, x = places[None, :, None], places[None, None, :]
+    height, width = (size[:, i, None, None].astype(jnp.float32) for i in range(2))
+
+    chance, cut_y, cut_x, *_ = draw(keys, 6).T[:, :, None, None]
+    below = y > (0.25 + 0.5 * cut_y) * height
+    right = x > (0.25 + 0.5 * cut_x) * width
+    quarter = jnp.where(chance < augment.mosaic, 2 * below + right, 0)
+    result = pixels
+    for i in range(1, min(batch, 4)):
+        here = (quarter == i) & jnp.roll(inside, i, axis=0)
+        result = jnp.where(here[..., None], jnp.roll(pixels, i, axis=0), result)
+
+    chance, middle_y, middle_x, tall, wide = draw(keys, 7).T[:, :, None, None]
+    away_y = (y - middle_y * height) / ((0.1 + 0.25 * tall) * height)
+    away_x = (x - middle_x * width) / ((0.1 + 0.25 * wide) * width)
+    here = (chance < augment.paste) & (away_y**2 + away_x**2 < 1) & jnp.roll(inside, -1, axis=0)
+    return jnp.where(here[..., None], jnp.roll(pixels, -1, axis=0), result)

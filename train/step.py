@@ -1,0 +1,255 @@
+"""One step of each stage: views, teacher, student, losses, gradients, update; one jitted program."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from samlight_jax import weights
+from samlight_jax.config import SamConfig
+from samlight_jax.postprocess import LOW_RES
+from samlight_jax.prompts import Prompts
+from samlight_jax.sam import Sam
+from train import augment, losses, objects, schedule
+from train.config import TrainConfig
+from train.losses import FOCAL_WEIGHT, Moments
+from train.student import DECODER, PROJECTOR, Arrays, cast, encode, pooled, project
+
+EMBEDDING = "embedding"
+
+
+class State(NamedTuple):
+    """All that changes in a run, and all that a checkpoint holds.
+
+    Attributes:
+      step: () int32, of the next update.
+      params: trained arrays by name, projectors among them.
+      frozen: the student's other arrays.
+      statistics: running means and variances of batch norms.
+      ema: averages of `params` (projectors aside) and `statistics`.
+      optimizer: optax's state.
+      moments: of the teacher's features, by name.
+    """
+
+    step: Array
+    params: Arrays
+    frozen: Arrays
+    statistics: Arrays
+    ema: Arrays
+    optimizer: Any
+    moments: dict[str, Moments]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a step needs to know beside its arrays.
+
+    Attributes:
+      config: of the run.
+      student: its model's config.
+      pairs: the teacher feature that each student block learns.
+      optimizer: of `make_optimizer`.
+    """
+
+    config: TrainConfig
+    student: SamConfig
+    pairs: tuple[tuple[str, str], ...]
+    optimizer: optax.GradientTransformation
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """Muon or AdamW for the encoder, AdamW at its own rate for the decoder."""
+    adamw = functools.partial(
+        optax.adamw,
+        weight_decay=config.weight_decay,
+        mask=lambda tree: jax.tree.map(lambda x: jnp.ndim(x) > 1, tree),
+    )
+    rate = schedule.rate(config, config.lr)
+    groups = {
+        # The step is scaled to AdamW's size, so that one rate serves both (arXiv 2502.16982).
+        "matrices": optax.contrib.muon(rate, weight_decay=config.weight_decay, consistent_rms=0.2),
+        "encoder": adamw(rate),
+        "decoder": adamw(schedule.rate(config, config.decoder_lr)),
+    }
+
+    def label(name: str, x: Any) -> str:
+        if name.startswith(DECODER):
+            return "decoder"
+        matrix = ".blocks." in name and name.endswith(".kernel") and jnp.ndim(x) == 2
+        muon = config.optimizer == "muon" and matrix and not name.startswith(PROJECTOR)
+        return "matrices" if muon else "encoder"
+
+    def labels(params: Arrays) -> dict[str, str]:
+        return {name: label(name, x) for name, x in params.items()}
+
+    return optax.chain(optax.clip_by_global_norm(config.clip), optax.partition(groups, labels))
+
+
+def keys_of(seed: int, step: Array, batch: int) -> Array:
+    """(batch,) random keys of a step, one a row."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+
+
+def teach(task: Task, teacher: Sam, views: augment.Views) -> tuple[Array, dict[str, Array]]:
+    """The teacher's embedding and the features that are learnt, without gradients."""
+    pixels = views.pixels.astype(task.config.dtype)
+    embedding, features = teacher.encode(pixels)
+    wanted = {name: features[name] for _, name in task.pairs}
+    return jax.lax.stop_gradient((embedding, wanted))
+
+
+def feature_terms(
+    task: Task, state: State, params: Arrays, found: Any, taught: Any, inside: Array
+) -> dict[str, Array]:
+    """Losses of stage 1: of each matched block, in deviations, and of the embedding."""
+    config, grid = task.config, task.student.grid
+    embedding, features = taught
+    terms = {}
+    for own, theirs in task.pairs:
+        mean, deviation = state.moments[theirs]
+        target = (pooled(features[theirs].astype(jnp.float32), grid) - mean) / deviation
+        unit = Moments(jnp.zeros_like(mean), jnp.ones_like(deviation))
+        guess = project(params, own, found.features[own])
+        terms[own] = losses.features(guess, target, inside, unit, config.loss, "plain")
+    terms[EMBEDDING] = losses.features(
+        found.embedding, embedding, inside, state.moments[EMBEDDING], config.loss, config.channels
+    )
+    return terms
+
+
+Measures = dict[str, Array]
+
+
+def stage_1(
+    task: Task, state: State, params: Arrays, teacher: Sam, seen: Any, keys: Array
+) -> tuple[Array, Measures, Arrays]:
+    """Features: (loss, measures, statistics)."""
+    config = task.config
+    views, taught = seen
+    taught = teach(task, teacher, views) if taught is None else (taught, {})
+    arrays = {**params, **state.frozen, **state.statistics}
+    arrays = {name: x for name, x in arrays.items() if not name.startswith(PROJECTOR)}
+    found = encode(task.student, arrays, views.pixels, dtype=config.dtype, remat=config.remat)
+    terms = feature_terms(task, state, params, found, taught, views.inside(task.student.grid))
+    alphas = schedule.layer_weights(
+        config.schedule, state.step, config.steps, len(task.pairs), config.layers_share
+    )
+    total = jnp.dot(alphas, jnp.stack(list(terms.values())))
+    return total, {"loss": total, **terms}, found.statistics
+
+
+def stages_2_3(
+    task: Task, state: State, params: Arrays, teacher: Sam, seen: Any, keys: Array
+) -> tuple[Array, Measures, Arrays]:
+    """Masks: (loss, measures, statistics)."""
+    config, low_res = task.config, LOW_RES * task.student.grid
+    views, _ = seen
+    taught, _ = teach(task, teacher, views)
+    arrays = {**params, **state.frozen, **state.statistics}
+    found = encode(task.student, arrays, views.pixels, dtype=config.dtype, remat=config.remat)
+    model = weights.build(task.student, cast(arrays, config.dtype), folded=False)
+
+    def one(embedding: Array, target: Array, size: Array, key: Array) -> list[losses.MaskTerms]:
+        ask, click = jax.random.split(jax.random.fold_in(key, 8))
+
+        def by_teacher(prompts: Prompts) -> tuple[Array, Array]:
+            return teacher.decode(target.astype(config.dtype), prompts)
+
+        wanted = objects.of_teacher(by_teacher, size, ask, config.prompts, low_res)
+        wanted = jax.lax.stop_gradient(wanted)
+        inside = objects.inside(size, low_res)
+        logits, iou = model.decode(embedding.astype(config.dtype), wanted.prompts)
+        rounds = [_mask_terms(logits, iou, wanted, inside)]
+        if config.stage == 3:
+            three = 1 + jnp.argmax(iou[:, 1:], axis=1)
+            choice = jnp.where(wanted.single, 0, three)
+            wanted = objects.corrected(wanted, jax.lax.stop_gradient(logits), choice, inside, click)
+            logits, iou = model.decode(embedding.astype(config.dtype), wanted.prompts)
+            rounds.append(_mask_terms(logits, iou, wanted, inside))
+        return rounds
+
+    rounds = jax.vmap(one)(found.embedding, taught, views.size, keys)
+    measures: Measures = {}
+    total = jnp.zeros(())
+    for i, terms in enumerate(rounds):
+        of = "" if len(rounds) == 1 else f"_{i + 1}"
+        means = {f"{name}{of}": jnp.mean(x) for name, x in terms._asdict().items()}
+        pixels, dice, iou, _ = means.values()
+        total += (FOCAL_WEIGHT * pixels + dice + iou) / len(rounds)
+        measures |= means
+    return total, {"loss": total, **measures}, found.statistics
+
+
+def _mask_terms(logits: Array, iou: Array, wanted: Any, inside: Array) -> losses.MaskTerms:
+    return losses.masks(logits, iou, wanted.target, wanted.single, wanted.counts, inside)
+
+
+def update(
+    task: Task, state: State, teacher: Sam, seen: Any, keys: Array
+) -> tuple[State, Measures]:
+    """One update from views (and, of a cache, embeddings): the new state and what was measured."""
+    config = task.config
+    stage = stage_1 if config.stage == 1 else stages_2_3
+
+    def lossy(params: Arrays, statistics: Arrays, part: Any) -> tuple[Array, Any]:
+        now = state._replace(statistics=statistics)
+        total, measures, statistics = stage(task, now, params, teacher, *part)
+        return total, (measures, statistics)
+
+    differentiate = jax.value_and_grad(lossy, has_aux=True)
+
+    def add(carry: Any, part: Any) -> tuple[Any, Measures]:
+        gradients, statistics = carry
+        (_, (measures, statistics)), more = differentiate(state.params, statistics, part)
+        return (jax.tree.map(jnp.add, gradients, more), statistics), measures
+
+    parts = config.accumulate
+    if parts == 1:
+        (_, (measures, statistics)), gradients = differentiate(
+            state.params, state.statistics, (seen, keys)
+        )
+    else:
+        # Every part takes rows of every device.
+        cut = jax.tree.map(
+            lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), (seen, keys)
+        )
+        start = jax.tree.map(jnp.zeros_like, state.params), state.statistics
+        (gradients, statistics), measures = jax.lax.scan(add, start, cut)
+        gradients, measures = (
+            jax.tree.map(lambda x: x / parts, gradients),
+            jax.tree.map(jnp.mean, measures),
+        )
+    updates, optimizer = task.optimizer.update(gradients, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    measures["gradient"] = optax.global_norm(gradients)
+    # Short at first, so that the random start is soon forgotten.
+    decay = jnp.minimum(config.ema, (1.0 + state.step) / (10.0 + state.step))
+    now = {**params, **statistics}
+    ema = {name: decay * x + (1 - decay) * now[name] for name, x in state.ema.items()}
+    return State(
+        state.step + 1, params, state.frozen, statistics, ema, optimizer, state.moments
+    ), measures
+
+
+def make_step(task: Task, look: Callable[..., Any], donate: bool = True) -> Any:
+    """The jitted step: (state, teacher, batch) to (state, measures).
+
+    Args:
+      task: what to do.
+      look: (batch, keys) to (views, the teacher's embeddings or None).
+      donate: let the new state take the old one's memory.
+    """
+
+    def step(state: State, teacher: Sam, batch: Any) -> tuple[State, Measures]:
+        keys = keys_of(task.config.seed, state.step, task.config.batch)
+        return update(task, state, teacher, look(batch, keys), keys)
+
+    return jax.jit(step, donate_argnums=(0,) if donate else ())
