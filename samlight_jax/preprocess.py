@@ -145,9 +145,9 @@ def _read(path: Path) -> np.ndarray:
         raise InputError(
             f"{path} has more pixels than the {MAX_PIXELS} accepted. Make it smaller first."
         ) from None
-    except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise InputError(f"{path}: {error}") from None
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except Exception as error:  # on damaged bytes Pillow also raises AttributeError, struct.error ...
         raise InputError(f"{path} is damaged or unreadable ({error}).") from None
 
 

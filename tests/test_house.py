@@ -12,6 +12,11 @@ MAY_IMPORT = {  # each package, and what of ours and of the heavy libraries it m
         *("samlight_jax", "pallas_kernels", "jax", "numpy", "flax", "jaxtyping"),
         *("PIL", "rich", "tyro", "safetensors", "orbax"),
     },
+    "train": {
+        *("train", "samlight_jax", "pallas_kernels", "jax", "numpy", "flax", "jaxtyping", "PIL"),
+        *("grain", "optax", "orbax", "rich", "tyro", "pycocotools", "cv2", "matplotlib"),
+        *("tensorflow_datasets", "tensorboardX", "array_record", "ml_dtypes"),
+    },
     "convert": {"convert", "samlight_jax", "numpy", "onnx", "torch", "safetensors", "tyro"},
 }
 STANDARD = __import__("sys").stdlib_module_names

@@ -48,12 +48,12 @@ def views(
       augment: what to vary; None shows each photograph whole and as it is.
       image_size: side of the frame.
     """
-    boxes, flips = jax.vmap(lambda size, key: _crop(size, key, augment))(sizes, keys)
-    pixels, size = jax.vmap(lambda *one: _render(*one, image_size))(photos, boxes, flips)
+    boxes, flips = jax.vmap(_crop, (0, 0, None))(sizes, keys, augment)
+    pixels, size = jax.vmap(_render, (0, 0, 0, 0, None))(photos, sizes, boxes, flips, image_size)
     seen = Views(pixels, size)
     if augment is not None:
         inside = seen.inside(image_size)
-        pixels = jax.vmap(lambda x, key: _colour(x, key, augment))(pixels, keys)
+        pixels = jax.vmap(_colour, (0, 0, 0, None))(pixels, inside, keys, augment)
         pixels = _mixed(pixels, inside, size, keys, augment)
         seen = Views(pixels, size)
     pixels = (seen.pixels - PIXEL_MEAN) / PIXEL_STD
@@ -72,7 +72,8 @@ def _crop(size: Array, key: Array, augment: Augment | None) -> tuple[Array, Arra
     area, aspect, place, whole, flip = (_key(key, i) for i in range(5))
     share = jax.random.uniform(area, (), minval=augment.scale[0], maxval=augment.scale[1])
     turn = jnp.log(augment.aspect) * jax.random.uniform(aspect, (), minval=-1.0)
-    # The photograph's own shape, turned by up to `aspect`, at most as large as it.
+    turn = jnp.clip(turn, jnp.log(share), -jnp.log(share))  # beyond, a side would be too long
+    # The photograph's own shape, turned by up to `aspect`.
     sides = size * jnp.sqrt(share) * jnp.exp(jnp.stack([-turn, turn]) / 2)
     sides = jnp.clip(sides, 1, size)
     sides = jnp.where(jax.random.uniform(whole) < augment.whole, size, sides)
@@ -80,34 +81,38 @@ def _crop(size: Array, key: Array, augment: Augment | None) -> tuple[Array, Arra
     return jnp.concatenate([corner, sides]), jax.random.uniform(flip) < augment.flip
 
 
-def _render(photo: Array, box: Array, flip: Array, image_size: int) -> tuple[Array, Array]:
+def _render(
+    photo: Array, limits: Array, box: Array, flip: Array, image_size: int
+) -> tuple[Array, Array]:
     """One crop with its long side at `image_size`, as (s, s, 3) from 0 to 255, and its size."""
-    canvas = photo.shape[0]
-    photo = jnp.where(flip, photo[:, ::-1], photo)
-    top, left, height, width = box
-    left = jnp.where(flip, canvas - left - width, left)
-    long = jnp.maximum(height, width)
-    size = jnp.floor(jnp.stack([height, width]) / long * image_size + 0.5)
-    size = jnp.maximum(size, 1)
-    scale = size / jnp.stack([height, width])
-    pixels = jax.image.scale_and_translate(
-        photo.astype(jnp.float32),
-        (image_size, image_size, 3),
-        (0, 1),
-        scale,
-        -jnp.stack([top, left]) * scale,
-        "linear",
-        precision=jax.lax.Precision.DEFAULT,
+    corner, sides = box[:2], box[2:]
+    size = jnp.maximum(jnp.floor(sides / sides.max() * image_size + 0.5), 1)
+    step = sides / size
+    start = jnp.where(flip, corner[1] + sides[1], corner[1])
+    columns = _resampling(
+        len(photo), image_size, limits[1], start, jnp.where(flip, -1, 1) * step[1]
     )
-    return pixels, size.astype(jnp.int32)
+    rows = _resampling(len(photo), image_size, limits[0], corner[0], step[0])
+    # In the device's own precision: tf32 errs by less than a level.
+    pixels = jnp.einsum("yr,rck->yck", rows, photo.astype(jnp.float32))
+    return jnp.einsum("xc,yck->yxk", columns, pixels), size.astype(jnp.int32)
 
 
-def _colour(pixels: Array, key: Array, augment: Augment) -> Array:
-    """Brightness, then contrast about the mean grey, then saturation."""
+def _resampling(before: int, after: int, limit: Array, start: Array, step: Array) -> Array:
+    """(after, before) weights along one axis: PIL's bilinear, which ends at `limit`."""
+    centres = start + (jnp.arange(after) + 0.5) * step - 0.5
+    places = jnp.arange(before)
+    away = jnp.abs(centres[:, None] - places) / jnp.maximum(jnp.abs(step), 1)
+    weights = jnp.maximum(1 - away, 0) * (places < limit)
+    return weights / jnp.maximum(weights.sum(1, keepdims=True), 1e-6)
+
+
+def _colour(pixels: Array, inside: Array, key: Array, augment: Augment) -> Array:
+    """Brightness, then contrast about the view's mean grey, then saturation."""
     by = 1 + augment.colour * jax.random.uniform(_key(key, 5), (3,), minval=-1.0)
     pixels = pixels * by[0]
     grey = (pixels * jnp.array(GREY)).sum(-1, keepdims=True)
-    middle = grey.mean()
+    middle = (grey[..., 0] * inside).sum() / inside.sum()
     pixels = middle + by[1] * (pixels - middle)
     grey = middle + by[1] * (grey - middle)
     return jnp.clip(grey + by[2] * (pixels - grey), 0, 255)

@@ -87,7 +87,7 @@ class Checkpoints:
         step = self.latest
         path = f"{self.manager.directory}/{step}"
         kinds = ocp.args.Composite(run=ocp.args.JsonRestore(), data=ocp.args.JsonRestore())
-        found = self.manager.restore(step, args=kinds)
+        found: Any = self.manager.restore(step, args=kinds)
         wrong = [
             f"{name} was {found.run.get(name)!r} and is {value!r}"
             for name, value in self.identity.items()
@@ -95,8 +95,8 @@ class Checkpoints:
         ]
         if wrong:
             raise InputError(
-                f"{path} is of another run: {'; '.join(wrong)}. Continue with the same settings, or "
-                "give another --out."
+                f"{path} is of another run: {'; '.join(wrong)}. Continue with the same settings, "
+                "or give another --out."
             )
         abstract = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -104,7 +104,8 @@ class Checkpoints:
             where,
         )
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        return self.manager.restore(step, args=args).state, found.data
+        whole: Any = self.manager.restore(step, args=args)
+        return whole.state, found.data
 
     def close(self) -> None:
         """Waits until all is written."""

@@ -1,4 +1,4 @@
-"""What a distillation run is: every choice a field, a flag of the same name, and checked at birth."""
+"""What a distillation run is: every choice a field, a flag of that name, checked at birth."""
 
 from __future__ import annotations
 
@@ -83,7 +83,8 @@ class TrainConfig:
       stage: 1, the encoder learns the teacher's features; 2, encoder and decoder learn its masks;
         3, the same with a corrective click on what still differs.
       out: folder of checkpoints, metrics, sheets and the trained model.
-      data: folders and tars of photographs (JPEG, PNG, WebP; SA-1B's as downloaded), or tfds:NAME.
+      data: folders and tars of photographs (JPEG, PNG, WebP; SA-1B's as downloaded), or
+        tfds:NAME@SPLIT, such as tfds:coco/2017@train (copies lie in $TFDS_DATA_DIR).
       exclude: files that name photographs to leave out, one a line (the first CSV column counts).
       teacher: a model's name or file.
       student: a preset's name.

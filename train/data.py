@@ -7,8 +7,10 @@ any number of processes, sees what an uninterrupted one sees.
 from __future__ import annotations
 
 import csv
+import functools
+import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -19,7 +21,9 @@ from PIL import Image
 
 from samlight_jax.errors import InputError
 from train import sharding
-from train.photographs import Photographs, open_photographs
+from train.annotations import fingerprint, open_dataset
+from train.cache import Cache
+from train.photographs import open_photographs
 
 THREADS = 16  # that read and decode; Pillow lets others run meanwhile
 
@@ -28,13 +32,14 @@ class Photos:
     """The photographs of a run, decoded to canvases of one size; the unreadable are replaced.
 
     Args:
-      roots: folders and tars, see `photographs.open_photographs`.
+      roots: folders and tars (see `photographs.open_photographs`), or "tfds:NAME@SPLIT".
       exclude: files that name photographs to leave out.
       canvas: side in pixels; larger photographs are made smaller.
       max_bad: share that may be unreadable.
 
     Attributes:
       names: in a fixed order.
+      fingerprint: of the names.
       bad: sentences about the unreadable ones that were met, by name.
     """
 
@@ -43,14 +48,13 @@ class Photos:
     ):
         if not roots:
             raise InputError("No photographs were given: --data FOLDER_OR_TAR ...")
-        self.source: Photographs = open_photographs(list(roots))
+        self.readers = _readers(roots)
         unwanted = {name for path in exclude for name in _listed(path)}
-        self.names = [
-            n for n in self.source.names if n not in unwanted and _inner(n) not in unwanted
-        ]
+        self.names = [n for n in self.readers if not {n, n.split("/", 1)[-1]} & unwanted]
         if not self.names:
             raise InputError(f"No photograph is left of {', '.join(roots)}; give other --data.")
         self.canvas, self.max_bad = canvas, max_bad
+        self.fingerprint = fingerprint(self.names)
         self.bad: dict[str, str] = {}
         self._lock = threading.Lock()
 
@@ -68,7 +72,7 @@ class Photos:
         for step in range(len(self)):
             name = self.names[(index + step) % len(self)]
             try:
-                return on_canvas(self.source.read(name, upright=True), self.canvas)
+                return on_canvas(self.readers[name](), self.canvas)
             except InputError as error:
                 self._remember(name, str(error))
         raise InputError(f"None of the {len(self)} photographs can be read.")
@@ -84,6 +88,22 @@ class Photos:
                 )
 
 
+def _readers(roots: Sequence[str]) -> dict[str, Callable[[], np.ndarray]]:
+    """A function for each photograph, by name."""
+    places = [root for root in roots if not root.startswith("tfds:")]
+    readers: dict[str, Callable[[], np.ndarray]] = {}
+    if places:
+        source = open_photographs(places)
+        readers = {n: functools.partial(source.read, n, upright=True) for n in source.names}
+    for root in roots:
+        if root.startswith("tfds:"):
+            name, _, split = root.partition("@")
+            dataset = open_dataset(name, os.environ.get("TFDS_DATA_DIR"), split or None)
+            for photo in dataset.photos:
+                readers[f"{root}/{photo.name}"] = functools.partial(dataset.read, photo)
+    return readers
+
+
 def _listed(path: str) -> Iterator[str]:
     """Names in the first column of a file; where there is a column `file`, in that."""
     try:
@@ -93,11 +113,6 @@ def _listed(path: str) -> Iterator[str]:
         raise InputError(f"--exclude {path} cannot be read ({error}).") from None
     column = rows[0].index("file") if rows and "file" in rows[0] else 0
     yield from (row[column] for row in rows if len(row) > column)
-
-
-def _inner(name: str) -> str:
-    """Without the folder or tar that `open_photographs` puts before ambiguous names."""
-    return name.split("/", 1)[-1]
 
 
 def on_canvas(photo: np.ndarray, canvas: int) -> dict[str, np.ndarray]:
@@ -115,37 +130,60 @@ def on_canvas(photo: np.ndarray, canvas: int) -> dict[str, np.ndarray]:
     }
 
 
-class Rows:
-    """The photographs of one process's rows, step after step: a random access data source.
+class Items:
+    """What a run draws from, by number: a photograph, or one cached view of it.
 
     Args:
-      photos: what they come from.
-      seed: of the order; every photograph comes once before any comes again.
+      photos: decoded when asked for; None where they lie on the devices.
+      cache: of the teacher's embeddings, or None.
+      count: of photographs.
+      views: of each that are items of their own.
+    """
+
+    def __init__(self, photos: Photos | None, cache: Cache | None, count: int, views: int = 1):
+        self.photos, self.cache, self.count = photos, cache, count
+        self.views = cache.views if cache else views
+
+    def __len__(self) -> int:
+        return self.count * self.views
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        """`item` () int32; `photos` and `sizes`, `embedding` where there are any."""
+        found = {"item": np.asarray(i, np.int32)}
+        if self.photos is not None:
+            found |= self.photos[i % self.count]
+        if self.cache is not None:
+            found["embedding"] = self.cache[i]
+        return found
+
+
+class Rows:
+    """The items of one process's rows, step after step: a random access data source.
+
+    Args:
+      items: what they come from.
+      seed: of the order; every item comes once before any comes again.
       rows: this process's rows of the batch.
       batch: over all processes.
       steps: how many.
     """
 
-    def __init__(self, photos: Any, seed: int, rows: slice, batch: int, steps: int):
-        self.photos, self.rows, self.batch, self.steps = photos, rows, batch, steps
-        self.order = grain.MapDataset.range(len(photos)).seed(seed).shuffle().repeat()
+    def __init__(self, items: Any, seed: int, rows: slice, batch: int, steps: int):
+        self.items, self.rows, self.batch, self.steps = items, rows, batch, steps
+        self.order = grain.MapDataset.range(len(items)).seed(seed).shuffle().repeat()
 
     def __len__(self) -> int:
         return self.steps * (self.rows.stop - self.rows.start)
 
-    def index(self, step: int, row: int) -> int:
-        """The photograph of a row of a step."""
-        return int(self.order[step * self.batch + row])
-
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
         step, row = divmod(i, self.rows.stop - self.rows.start)
-        return self.photos[self.index(step, self.rows.start + row)]
+        return self.items[int(self.order[step * self.batch + self.rows.start + row])]
 
 
 def batches(rows: Rows, start: int, mesh: jax.sharding.Mesh) -> Iterator[dict[str, jax.Array]]:
-    """Batches from step `start` on, as global arrays: `photos` and `sizes`."""
+    """Batches from step `start` on, as global arrays of what the items hold."""
     each = rows.rows.stop - rows.rows.start
-    dataset = grain.MapDataset.source(rows)[start * each :]
+    dataset = grain.MapDataset.range(start * each, len(rows)).map(rows.__getitem__)
     options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=max(2 * each, THREADS))
     for some in dataset.to_iter_dataset(options).batch(each):
         yield sharding.from_rows(some, mesh)
@@ -157,48 +195,51 @@ class Resident:
     Args:
       photos: what to hold.
       mesh: of the devices.
+
+    Attributes:
+      arrays: `photos` and `sizes` of all, for `take`.
     """
 
     def __init__(self, photos: Photos, mesh: jax.sharding.Mesh):
-        self.mesh = mesh
+        self.mesh, self.count = mesh, len(photos)
         devices = mesh.shape["data"] * mesh.shape["fsdp"]
-        self.length = -(-len(photos) // devices) * devices
-        self.count = len(photos)
+        length = -(-self.count // devices) * devices
         where = sharding.batch_sharding(mesh)
         first = photos[0]
-        shapes = {name: (self.length, *x.shape) for name, x in first.items()}
-        # Each process decodes what its devices hold, and nothing twice.
-        parts = where.addressable_devices_indices_map((self.length,))
         held: dict[str, list[jax.Array]] = {name: [] for name in first}
-        for device, (rows,) in parts.items():
-            some = self._decode(photos, range(*rows.indices(self.length)))
-            for name, x in some.items():
+        # Each process decodes what its devices hold, and nothing twice.
+        parts: dict[range, dict[str, np.ndarray]] = {}
+        held_by: Any = where.addressable_devices_indices_map((length,))
+        for device, (rows,) in held_by.items():
+            some = range(*rows.indices(length))
+            if some not in parts:
+                parts[some] = self._decode(photos, some)
+            for name, x in parts[some].items():
                 held[name].append(jax.device_put(x, device))
         self.arrays = {
-            name: jax.make_array_from_single_device_arrays(shapes[name], where, arrays)
-            for name, arrays in held.items()
+            name: jax.make_array_from_single_device_arrays((length, *x.shape), where, held[name])
+            for name, x in first.items()
         }
 
     def _decode(self, photos: Photos, rows: range) -> dict[str, np.ndarray]:
-        indices = [i % self.count for i in rows]
-        dataset = grain.MapDataset.source(_Some(photos, indices))
+        wanted = grain.MapDataset.range(rows.start, rows.stop).map(lambda i: photos[i % self.count])
         options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=2 * THREADS)
         found: dict[str, np.ndarray] = {}
-        for i, one in enumerate(dataset.to_iter_dataset(options)):
+        for i, one in enumerate(wanted.to_iter_dataset(options)):
             for name, x in one.items():
-                found.setdefault(name, np.empty((len(indices), *x.shape), x.dtype))[i] = x
+                found.setdefault(name, np.empty((len(rows), *x.shape), x.dtype))[i] = x
         return found
 
-    def take(self, arrays: dict[str, jax.Array], index: jax.Array) -> dict[str, jax.Array]:
-        """Rows by their number, each on the device that will use it; inside `jit`.
+    def take(self, arrays: dict[str, jax.Array], item: jax.Array) -> dict[str, jax.Array]:
+        """The photographs of (b,) items, each on the device whose row it is; inside `jit`.
 
         Every device gives what it holds of the batch; a sum over devices brings it together.
         """
         axes = ("data", "fsdp")
-        spec = sharding.BATCH
 
-        def local(parts: dict[str, jax.Array], index: jax.Array) -> dict[str, jax.Array]:
+        def local(parts: dict[str, jax.Array], item: jax.Array) -> dict[str, jax.Array]:
             held = parts["sizes"].shape[0]
+            index = jax.lax.all_gather(item, axes, tiled=True) % self.count
             place = index - jax.lax.axis_index(axes) * held
             here = (place >= 0) & (place < held)
 
@@ -209,30 +250,12 @@ class Resident:
 
             return {name: one(x) for name, x in parts.items()}
 
-        specs = jax.tree.map(lambda _: spec, arrays)
+        specs = {name: sharding.BATCH for name in arrays}
         run = jax.shard_map(
             local,
             mesh=self.mesh,
-            in_specs=(specs, jax.sharding.PartitionSpec()),
+            in_specs=(specs, sharding.BATCH),
             out_specs=specs,
             check_vma=False,
         )
-        return run(arrays, index)
-
-
-class _Some:
-    """Some items of a source, by their own numbers."""
-
-    def __init__(self, source: Any, indices: Sequence[int]):
-        self.source, self.indices = source, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, i: int) -> Any:
-        return self.source[self.indices[i]]
-
-
-def indices(rows: Rows, step: int) -> np.ndarray:
-    """(batch,) int32: the photographs of all rows of a step."""
-    return np.array([rows.index(step, row) for row in range(rows.batch)], np.int32)
+        return run(arrays, item)

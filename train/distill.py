@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import hashlib
-import json
 import os
 import signal
 import sys
@@ -24,24 +22,18 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
 from samlight_jax import weights
 from samlight_jax.errors import InputError, exit_on_error
-from train import augment, checkpoint, data, sharding, sheet
+from train import augment, cache, checkpoint, data, sharding, sheet
 from train.config import PRESETS, TrainConfig
-from train.start import Start, prepare, prepared
-from train.step import State, Task, make_step
+from train.log import Log
+from train.start import prepare, prepared
+from train.step import State, make_step
 
-MODEL, METRICS = "model.safetensors", "metrics.jsonl"
+MODEL = "model.safetensors"
 AHEAD = 2  # steps that the devices are sent before the first of them is read
-CHECKED = "loss"
+SHOWN = 4  # photographs on a sheet
 
 
 class Run:
@@ -49,10 +41,13 @@ class Run:
 
     Args:
       config: of the run.
+
+    Attributes:
+      stopped: set it, and the run saves and ends after its current step.
     """
 
     def __init__(self, config: TrainConfig):
-        self.config, self.folder = config, Path(config.out)
+        self.config, self.folder, self.stopped = config, Path(config.out), False
         self.mesh = sharding.make_mesh(config.mesh)
         parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"] * config.accumulate
         if config.batch % parts:
@@ -60,260 +55,154 @@ class Run:
                 f"batch={config.batch} does not divide over {parts} (devices times accumulate); "
                 f"take a multiple of {parts}."
             )
-        self.main = jax.process_index() == 0
+        self.writes = jax.process_index() == 0
         self.photos = data.Photos(config.data, config.exclude, config.canvas, config.max_bad)
-        rows = sharding.rows_of(jax.process_index(), jax.process_count(), config.batch)
-        self.rows = data.Rows(self.photos, config.seed, rows, config.batch, config.steps)
-        self.start: Start = prepare(config)
+        self.start = prepare(config)
+        self.task = self.start.task
+        self.cache = self._cache()
         self.teacher = self.start.place_teacher(self.mesh)
-        self.task: Task = self.start.task
-        names = hashlib.sha256("\n".join(self.photos.names).encode()).hexdigest()
-        self.checkpoints = checkpoint.Checkpoints(
-            self.folder,
-            checkpoint.identity(
-                config,
-                teacher=self.start.teacher_fingerprint,
-                student=self.task.student.to_json(),
-                photographs=names,
-            ),
-            config.keep,
+        resident = config.cache_photos == "device"
+        self.resident = data.Resident(self.photos, self.mesh) if resident else None
+        items = data.Items(None if resident else self.photos, self.cache, len(self.photos))
+        rows = sharding.rows_of(jax.process_index(), jax.process_count(), config.batch)
+        self.rows = data.Rows(items, config.seed, rows, config.batch, config.steps)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.checkpoints = checkpoint.Checkpoints(self.folder, self._identity(), config.keep)
+
+    def _identity(self) -> dict[str, Any]:
+        return checkpoint.identity(
+            self.config,
+            teacher=self.start.teacher_fingerprint,
+            student=self.task.student.to_json(),
+            photographs=self.photos.fingerprint,
         )
-        self.resident = data.Resident(self.photos, self.mesh) if self._on_device else None
-        self.stopped = False
 
-    @property
-    def _on_device(self) -> bool:
-        return self.config.cache_photos == "device"
-
-    def state(self) -> State:
-        """The state to go on from."""
-        abstract = jax.eval_shape(lambda: self.start.state())
-        where = sharding.shardings(abstract, self.mesh)
-        if self.checkpoints.latest is not None:
-            state, _ = self.checkpoints.restore(abstract, where)
-            return state
-        seen = (self.look(batch, self._keys(i)) for i, batch in enumerate(self.batches(0)))
-        moments = prepared(self.task, self.teacher, seen, self.config.batch)
-        return sharding.placed(self.start.state(moments), where)
-
-    def _keys(self, step: int) -> jax.Array:
-        from train.step import keys_of
-
-        return keys_of(self.config.seed, jnp.int32(step), self.config.batch)
+    def _cache(self) -> cache.Cache | None:
+        if not self.config.teacher_cache:
+            return None
+        return cache.Cache(
+            self.config.teacher_cache,
+            teacher=self.start.teacher_fingerprint,
+            photographs=self.photos.fingerprint,
+            image_size=self.config.image_size,
+            canvas=self.config.canvas,
+        )
 
     def batches(self, start: int) -> Iterator[Any]:
         """What `look` takes, step after step."""
-        if self.resident is None:
-            yield from data.batches(self.rows, start, self.mesh)
-            return
-        where = sharding.replicated(self.mesh)
-        for step in range(start, self.config.steps):
-            index = sharding.placed(data.indices(self.rows, step), where)
-            yield self.resident.arrays, index
+        held = None if self.resident is None else self.resident.arrays
+        for batch in data.batches(self.rows, start, self.mesh):
+            yield batch, held
 
-    def look(self, batch: Any, keys: jax.Array) -> tuple[augment.Views, None]:
-        """A batch as the models see it; inside `jit`."""
-        if self.resident is not None:
-            batch = self.resident.take(*batch)
-        config = self.config
-        return augment.views(
-            **batch, keys=keys, augment=config.augment, image_size=config.image_size
-        ), None
+    def look(self, batch: Any, keys: jax.Array) -> tuple[augment.Views, jax.Array | None]:
+        """A batch as the models see it, and what a cache knows of it; inside `jit`."""
+        (some, held), varied = batch, self.config.augment
+        photos = some if self.resident is None else self.resident.take(held, some["item"])
+        if self.cache is not None:
+            keys, varied = cache.keys_of(self.cache.seed, some["item"]), self.cache.augment
+        size = self.config.image_size
+        views = augment.views(photos["photos"], photos["sizes"], keys, varied, size)
+        return views, some.get("embedding")
+
+    def state(self) -> State:
+        """The state to go on from."""
+        abstract = jax.eval_shape(self.start.state)
+        where = sharding.shardings(abstract, self.mesh)
+        if self.checkpoints.latest is not None:
+            return self.checkpoints.restore(abstract, where)[0]
+        moments = prepared(self.task, self.teacher, self.look, self.batches(0))
+        return sharding.placed(self.start.state(moments), where)
 
     def run(self) -> None:
         """Trains until the end or until it is told to stop; then writes the model."""
         state = self.state()
         start = int(state.step)
         if start:
-            self._say(f"continues at step {start} of {self.config.steps}")
-        with Log(self, start) as log:
+            self.say(f"continues at step {start} of {self.config.steps}")
+        log = Log(
+            self.config,
+            start,
+            rate=self.start.rate,
+            flops=self.start.flops(),
+            writes=self.writes,
+        )
+        with log:
             state = self._steps(state, start, log)
-        if self.stopped and int(state.step) < self.config.steps:
-            self._save(state)
-            self.checkpoints.close()
-            self._say(f"stopped at step {int(state.step)}; the same command continues.")
-            return
         self._save(state)
         self.checkpoints.close()
-        self.write(state)
+        if int(state.step) < self.config.steps:
+            self.say(f"stopped at step {int(state.step)}; the same command continues.")
+        else:
+            self._write(state)
 
     def _steps(self, state: State, start: int, log: Log) -> State:
-        step_ = make_step(self.task, self.look)
+        advance = make_step(self.task, self.look)
         batches, pending = self.batches(start), collections.deque()
-        for step in range(start, self.config.steps):
+
+        def settle(few: int) -> None:
+            while len(pending) > few:
+                done, measures, waited = pending.popleft()
+                log.take(done, measures, waited, self.checkpoints.latest)
+
+        for done in range(start + 1, self.config.steps + 1):
             before = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - before
-            state, measures = step_(state, self.teacher, batch)
-            pending.append((step, measures, waited))
-            while len(pending) > AHEAD:
-                log.take(*pending.popleft())
-            done = step + 1
-            last = done == self.config.steps
-            if last or self.stopped or done % self.config.save_every == 0:
-                while pending:  # nothing is saved that was not looked at
-                    log.take(*pending.popleft())
-                if not last and not self.stopped:
-                    self._save(state)
+            state, measures = advance(state, self.teacher, batch)
+            pending.append((done - 1, measures, waited))
+            settle(AHEAD)
+            stops = self.stopped or self._preempted(done)
+            last = stops or done == self.config.steps
+            if last or done % self.config.save_every == 0:
+                settle(0)  # nothing is saved that was not looked at
+                self._save(state)
             if self.config.sheet_every and (last or done % self.config.sheet_every == 0):
-                self._draw(state, done)
-            if self.stopped:
+                self._draw(state)
+            if stops:
                 break
         return state
 
+    def _preempted(self, step: int) -> bool:
+        """Whether any of several processes was told to stop; all of them agree on the step."""
+        return jax.process_count() > 1 and self.checkpoints.manager.reached_preemption(step)
+
     def _save(self, state: State) -> None:
         step = int(state.step)
-        self.checkpoints.save(step, state, {"step": step, "bad": self.photos.bad})
+        self.checkpoints.save(step, state, {"step": step, "unreadable": self.photos.bad})
 
-    def _draw(self, state: State, step: int) -> None:
-        """The sheet of the first photographs, as they are."""
-        count = min(4, len(self.photos))
-        some = [self.photos[i] for i in range(count)]
-        batch = {name: jnp.stack([one[name] for one in some]) for name in some[0]}
-        keys = jax.random.split(jax.random.key(0), count)
-        seen = augment.views(**batch, keys=keys, augment=None, image_size=self.config.image_size)
-        arrays = {**state.frozen, **state.ema}
-        asked, masks = sheet.answers(
-            self.task.student, arrays, self.start.plain_teacher(self.teacher), seen, keys[0]
-        )
-        if self.main:
-            picture = sheet.draw(seen, asked, masks, f"step {step}: photograph, teacher, student")
-            path = self.folder / f"sheet-{step:06d}.png"
-            weights.write_whole(path, lambda scratch: picture.save(scratch, "PNG"))
-
-    def write(self, state: State) -> None:
-        """The averaged weights as a model file."""
-        arrays = {**state.frozen, **state.ema}
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            arrays = multihost_utils.process_allgather(arrays, tiled=True)
-        if self.main:
-            source = f"distilled from {self.config.teacher} (stage {self.config.stage})"
-            host = {name: np.asarray(x) for name, x in arrays.items()}
-            path = self.folder / MODEL
-            weights.save(path, host, self.task.student, metadata={"source": source})
-            self._say(f"wrote {path}")
-        if self.photos.bad:
-            self._say(
-                f"{len(self.photos.bad)} unreadable photographs were replaced: "
-                + "; ".join(self.photos.bad.values())
-            )
-
-    def _say(self, text: str) -> None:
-        if self.main:
-            Console(stderr=True, soft_wrap=True).print(text, highlight=False)
-
-
-class Log:
-    """Progress bar, metrics.jsonl and, if asked for, TensorBoard.
-
-    Args:
-      run: whose measures come.
-      start: the first step.
-    """
-
-    def __init__(self, run: Run, start: int):
-        self.run, self.start = run, start
-        config = run.config
-        self.bar = Progress(
-            TextColumn("stage {task.fields[stage]}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[now]}"),
-            console=Console(stderr=True),
-            disable=not run.main,
-        )
-        self.row = self.bar.add_task(
-            "", total=config.steps, completed=start, stage=config.stage, now=""
-        )
-        self.since, self.waited, self.count = time.perf_counter(), 0.0, 0
-        self.board: Any = None
-
-    def __enter__(self) -> Log:
-        folder = self.run.folder
-        if self.run.main:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.file = (folder / METRICS).open("a")
-            _cut(folder / METRICS, self.start)
-        if self.run.main and self.run.config.tensorboard:
-            try:
-                from tensorboardX import SummaryWriter
-            except ImportError:
-                raise InputError(
-                    "--tensorboard needs tensorboardX: pip install tensorboardX."
-                ) from None
-            self.board = SummaryWriter(str(folder))
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-        if self.run.main:
-            self.file.close()
-        if self.board is not None:
-            self.board.close()
-
-    def take(self, step: int, measures: Any, waited: float) -> None:
-        """Reads the measures of a step; stops the run if they are not finite."""
-        values = {name: float(x) for name, x in jax.device_get(measures).items()}
-        wrong = [name for name, x in values.items() if not np.isfinite(x)]
-        if wrong:
-            last = self.run.checkpoints.latest
-            good = (
-                "there is no checkpoint yet"
-                if last is None
-                else f"the last good checkpoint is of step {last}"
-            )
-            raise InputError(
-                f"Step {step}: {', '.join(wrong)} is not finite, so training stopped; {good}. Try a "
-                "lower --lr or --dtype float32."
-            )
-        self.waited, self.count = self.waited + waited, self.count + 1
-        if (step + 1) % self.run.config.log_every == 0 or step + 1 == self.run.config.steps:
-            self._write(step, values)
-
-    def _write(self, step: int, values: dict[str, float]) -> None:
-        now = time.perf_counter()
-        spent = now - self.since
-        config = self.run.config
-        speed = self.count * config.batch / spent
-        rate = float(self.run.start.rate(step))
-        row = {
-            "step": step + 1,
-            **values,
-            "lr": rate,
-            "images_per_s": speed,
-            "waited": self.waited / spent,
-        }
-        self.since, self.waited, self.count = now, 0.0, 0
-        if not self.run.main:
+    def _draw(self, state: State) -> None:
+        """A sheet of the first photographs, as they are."""
+        some = [self.photos[i] for i in range(min(SHOWN, len(self.photos)))]
+        models = {**state.frozen, **state.ema}, self.teacher
+        models = sharding.everywhere(models, self.mesh)
+        if not self.writes:
             return
-        row = {"step": step + 1, **{name: _short(x) for name, x in row.items()}}
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-        if self.board is not None:
-            for name, x in row.items():
-                self.board.add_scalar(name, x, step + 1)
-        self.bar.update(
-            self.row,
-            completed=step + 1,
-            now=f"{speed:.1f} images/s  loss {values['loss']:.4f}  lr {rate:.2g}",
+        arrays, teacher = jax.tree.map(np.asarray, models)  # of this process alone from here on
+        photos, sizes = (
+            jnp.asarray(np.stack([one[name] for one in some])) for name in ("photos", "sizes")
         )
+        size = self.config.image_size
+        views = augment.views(photos, sizes, jnp.zeros(len(some)), None, size)
+        picture = sheet.make(self.task.student, arrays, teacher, views, f"step {int(state.step)}")
+        path = self.folder / f"sheet-{int(state.step):06d}.png"
+        weights.write_whole(path, lambda scratch: picture.save(scratch, "PNG"))
 
+    def _write(self, state: State) -> None:
+        """The averaged weights as a model file."""
+        arrays = sharding.everywhere({**state.frozen, **state.ema}, self.mesh)
+        if self.writes:
+            metadata = {"source": f"distilled from {self.config.teacher}, {self.config.stage=}"}
+            path = self.folder / MODEL
+            host = {name: np.asarray(x) for name, x in arrays.items()}
+            weights.save(path, host, self.task.student, metadata=metadata)
+            self.say(f"wrote {path}")
+        if bad := self.photos.bad:
+            self.say(f"{len(bad)} unreadable photographs were replaced: {'; '.join(bad.values())}")
 
-def _short(x: float) -> float:
-    return float(f"{x:.6g}")
-
-
-def _cut(path: Path, step: int) -> None:
-    """Drops rows past a step: the run goes on from there."""
-    rows = [
-        row for row in path.read_text().splitlines() if row.startswith("{") and row.endswith("}")
-    ]
-    kept = [row for row in rows if json.loads(row)["step"] <= step]
-    path.write_text("".join(f"{row}\n" for row in kept))
+    def say(self, text: str) -> None:
+        """Prints, in one process."""
+        if self.writes:
+            Console(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False)
 
 
 def parse(arguments: list[str]) -> TrainConfig:
@@ -339,22 +228,23 @@ def join(config: TrainConfig) -> None:
         jax.distributed.initialize(cluster.coordinator, cluster.processes, cluster.process)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Runs the program; bad input ends it with one sentence and exit code 2."""
+def distil(config: TrainConfig) -> None:
+    """Runs one stage; SIGTERM and Ctrl-C make it save and end."""
+    join(config)
+    run = Run(config)
 
-    def distil() -> None:
-        config = parse(sys.argv[1:] if arguments is None else arguments)
-        join(config)
-        run = Run(config)
+    def stop(*_: object) -> None:
+        run.stopped = True
 
-        def stop(*_: object) -> None:
-            run.stopped = True
-
+    if jax.process_count() == 1:  # several processes agree through Orbax
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, stop)
-        run.run()
+    run.run()
 
-    exit_on_error(distil)
+
+def main() -> None:
+    """The command line; bad input ends it with one sentence and exit code 2."""
+    exit_on_error(lambda: distil(parse(sys.argv[1:])))
 
 
 if __name__ == "__main__":

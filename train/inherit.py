@@ -67,17 +67,16 @@ class _Slices:
 
     def all(self) -> Arrays:
         """All arrays that have a counterpart, cut."""
-        root, w = "image_encoder.", self.width
-        found = {f"{root}pos_embed": self.teacher[f"{root}pos_embed"][..., w]}
-        for name in ("patch_embed.proj.kernel", "patch_embed.proj.bias"):
-            if root + name in self.teacher:
-                found[root + name] = self.teacher[root + name][..., w]
+        root, w, t = "image_encoder.", self.width, self.teacher
+        found = {f"{root}pos_embed": t[f"{root}pos_embed"][..., w]}
+        if self.small.stem == self.large.stem:
+            stem = {name: x for name, x in t.items() if name.startswith(f"{root}patch_embed.")}
+            found |= {name: x[..., w] if ".proj." in name else x for name, x in stem.items()}
         for i, j in enumerate(self.blocks):
             cut = self._block(f"{root}blocks.{j}.")
             found |= {f"{root}blocks.{i}.{name}": x for name, x in cut.items()}
-        found[f"{root}neck.conv1.kernel"] = self.teacher[f"{root}neck.conv1.kernel"][:, :, w]
-        for name in ("norm1.scale", "norm1.bias", "conv2.kernel", "norm2.scale", "norm2.bias"):
-            found[f"{root}neck.{name}"] = self.teacher[f"{root}neck.{name}"]
+        found |= {name: x for name, x in t.items() if name.startswith(f"{root}neck.")}
+        found[f"{root}neck.conv1.kernel"] = t[f"{root}neck.conv1.kernel"][:, :, w]
         return found
 
     def _block(self, prefix: str) -> Arrays:
@@ -107,6 +106,8 @@ class _Slices:
             cut["attn.qkv.bias"] = t["attn.qkv.bias"][packed]
             cut["attn.proj.kernel"] = t["attn.proj.kernel"][places][:, w]
             cut["attn.proj.bias"] = t["attn.proj.bias"][w]
+            cut |= {name: x for name, x in t.items() if ".rel_pos_" in name}
+        cut |= {name: x[..., w] for name, x in t.items() if name.startswith("local_conv.")}
         return cut
 
 

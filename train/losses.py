@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from train.config import Channels, Loss
@@ -26,12 +27,12 @@ class Moments(NamedTuple):
       deviation: (c,) float32, above 0.
     """
 
-    mean: Array
-    deviation: Array
+    mean: Array | np.ndarray
+    deviation: Array | np.ndarray
 
 
 def mean(values: Array, counts: Array) -> Array:
-    """The mean of `values` where `counts` (of fewer axes, bool or weights), 0 where nothing does."""
+    """The mean of `values`, weighted by `counts` (of its first axes); 0 where nothing counts."""
     counts = counts.astype(jnp.float32).reshape(counts.shape + (1,) * (values.ndim - counts.ndim))
     total = jnp.broadcast_to(counts, values.shape).sum()
     return (values * counts).sum() / jnp.maximum(total, 1e-6)
@@ -40,7 +41,7 @@ def mean(values: Array, counts: Array) -> Array:
 def features(
     student: Array, teacher: Array, inside: Array, moments: Moments, kind: Loss, channels: Channels
 ) -> Array:
-    """How far a student's features are from its teacher's; 1 for a student that gives the mean.
+    """How far a student's features are from its teacher's; MSE is 1 for one that gives the mean.
 
     Args:
       student: (b, h, w, c).

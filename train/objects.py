@@ -1,7 +1,7 @@
 """Prompts of stages 2 and 3, made on the device from the teacher's own masks.
 
-A random point of the view asks the teacher for an object; half of the objects are then asked for by
-their box, the rest by that point. A prompt has a fixed number of slots (see `samlight_jax.prompts`).
+A random point of the view asks the teacher for an object; half of the objects are then asked for
+by their box, the rest by that point. A prompt has a fixed number of slots (`samlight_jax.prompts`).
 """
 
 from __future__ import annotations

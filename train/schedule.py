@@ -31,10 +31,11 @@ def layer_weights(
     last = jnp.arange(layers + 1) == layers
     if kind == "output_only" or not layers or not share:
         return last.astype(jnp.float32)
-    place = step / (share * steps) * layers  # from 0, the first layer, to `layers`, the output
-    place = jnp.minimum(place, layers)
-    if kind == "one_hot":
-        place = jnp.floor(place)
+    turn = max(1, round(share * steps))  # the first step of the output alone
+    done = jnp.minimum(step, turn) * layers
+    place = done // turn  # in integers: a rounded quotient would be late by a step
+    if kind == "ramp":
+        place = place + done % turn / turn
     return jnp.maximum(0.0, 1 - jnp.abs(jnp.arange(layers + 1) - place)).astype(jnp.float32)
 
 

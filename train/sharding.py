@@ -30,14 +30,19 @@ def make_mesh(shape: Mesh) -> jax.sharding.Mesh:
     """All devices of all processes.
 
     Raises:
-      InputError: the axes do not multiply to the number of devices.
+      InputError: the axes do not multiply to the number of devices, or `tensor` spans processes.
     """
-    devices, others = jax.device_count(), shape.fsdp * shape.tensor
+    devices, others = jax.device_count(), max(1, shape.fsdp * shape.tensor)
     data = devices // others if shape.data == -1 else shape.data
-    if data * others != devices or data < 1:
+    if min(data, shape.fsdp, shape.tensor) < 1 or data * others != devices:
         raise InputError(
             f"mesh data={shape.data}, fsdp={shape.fsdp}, tensor={shape.tensor} does not use the "
             f"{devices} devices there are; the three must multiply to {devices}."
+        )
+    if jax.local_device_count() % shape.tensor:  # every process gives rows of its own
+        raise InputError(
+            f"mesh tensor={shape.tensor} spans processes of {jax.local_device_count()} devices; "
+            "take a divisor of that."
         )
     sizes = data, shape.fsdp, shape.tensor
     return jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
@@ -87,6 +92,11 @@ def placed(tree: Any, where: Any) -> Any:
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     return jax.tree.map(one, tree, where)
+
+
+def everywhere(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Whole copies on every device of every process."""
+    return jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
 
 
 def rows_of(process: int, processes: int, batch: int) -> slice:

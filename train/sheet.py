@@ -1,4 +1,4 @@
-"""A picture of where a run is: photographs, the teacher's masks and the student's, one prompt each."""
+"""A picture of where a run is: photographs, the teacher's masks and the student's, same prompts."""
 
 from __future__ import annotations
 
@@ -19,9 +19,13 @@ from samlight_jax.sam import Sam
 from train import objects
 from train.augment import Views
 
-SIDE = 256  # pixels of one picture
-PROMPTS = 8  # tried on each photograph, for one that the teacher answers
-GAP = 8
+SIDE, GAP, LINE = (
+    240,
+    8,
+    14,
+)  # pixels: of a picture's long side, between pictures, of a line of text
+PROMPTS = 16  # tried on each photograph, half of them boxes, for objects that the teacher sees
+HEADS = ("photograph", "teacher, box", "student, box", "teacher, point", "student, point")
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -29,9 +33,8 @@ def answers(config: SamConfig, arrays: Any, teacher: Sam, views: Views, key: Arr
     """Each view's objects, and the student's masks (b, q, m, m) for the same prompts."""
     low_res = LOW_RES * config.grid
     student = weights.build(config, arrays, folded=False)
-    pixels = views.pixels
-    taught, _ = teacher.encode(pixels)
-    learnt, _ = student.encode(pixels)
+    taught, _ = teacher.encode(views.pixels)
+    learnt, _ = student.encode(views.pixels)
 
     def one(taught: Array, learnt: Array, size: Array, key: Array) -> Any:
         def decode(prompts: Any) -> Any:
@@ -40,44 +43,73 @@ def answers(config: SamConfig, arrays: Any, teacher: Sam, views: Views, key: Arr
         asked = objects.of_teacher(decode, size, key, PROMPTS, low_res)
         logits, iou = student.decode(learnt, asked.prompts)
         mask, _ = objects.best(logits, iou)
-        chosen = jax.numpy.where(asked.single[:, None, None], logits[:, 0], mask)
-        return asked, chosen > 0
+        return asked, jax.numpy.where(asked.single[:, None, None], logits[:, 0], mask) > 0
 
     return jax.vmap(one)(taught, learnt, views.size, jax.random.split(key, len(views.size)))
 
 
-def draw(views: Views, asked: objects.Objects, masks: Array, caption: str) -> Image.Image:
-    """A row a view: the photograph, the teacher's mask, the student's, and their IoU."""
+def make(config: SamConfig, arrays: Any, teacher: Sam, views: Views, caption: str) -> Image.Image:
+    """The sheet of some views.
+
+    Args:
+      config: the student's.
+      arrays: the student's, by name.
+      teacher: of which the student learns.
+      views: a row each.
+      caption: above all.
+    """
+    teacher = weights.replaced(teacher, lambda _, x: x.astype(np.float32))
+    asked, masks = answers(config, arrays, teacher, views, jax.random.key(0))
     views, asked, masks = jax.device_get((views, asked, masks))
-    count = len(views.size)
-    width = 3 * SIDE + 4 * GAP
-    sheet = Image.new("RGB", (width, count * (SIDE + GAP) + 3 * GAP + 12), "white")
+    rows = [
+        _row(*jax.tree.map(lambda x, i=i: x[i], (views, asked, masks))) for i in range(len(masks))
+    ]
+    head = GAP + 2 * LINE
+    height = head + sum(GAP + max(picture.height for picture in row) for row in rows) + GAP
+    sheet = Image.new("RGB", (len(HEADS) * (SIDE + GAP) + GAP, height), "white")
     pen = ImageDraw.Draw(sheet)
     pen.text((GAP, GAP), caption, fill="black")
-    for row in range(count):
-        size = views.size[row]
-        photo = views.pixels[row] * PIXEL_STD + PIXEL_MEAN
-        photo = np.clip(photo[: size[0], : size[1]] + 0.5, 0, 255).astype(np.uint8)
-        best = int(np.argmax(asked.counts[row]))  # the first that counts
-        top = 3 * GAP + 12 + row * (SIDE + GAP)
-        pictures = [Image.fromarray(photo)]
-        for mask in (asked.target[row, best], masks[row, best]):
-            large = np.repeat(np.repeat(mask, LOW_RES, 0), LOW_RES, 1)[: size[0], : size[1]]
-            pictures.append(overlay(photo, large, **_prompt(asked, row, best)))
-        for column, picture in enumerate(pictures):
-            picture.thumbnail((SIDE, SIDE))
-            sheet.paste(picture, (GAP + column * (SIDE + GAP), top))
-        both = asked.target[row, best] & masks[row, best]
-        either = asked.target[row, best] | masks[row, best]
-        text = f"IoU {both.sum() / max(either.sum(), 1):.2f}"
-        at = (2 * (SIDE + GAP) + 2 * GAP, top + 4)
-        pen.rectangle((at[0] - 2, at[1] - 1, at[0] + 52, at[1] + 12), fill="black")
-        pen.text(at, text, fill="white")
+    for column, text in enumerate(HEADS):
+        pen.text((GAP + column * (SIDE + GAP), GAP + LINE), text, fill="black")
+    top = head
+    for row in rows:
+        for column, picture in enumerate(row):
+            sheet.paste(picture, (GAP + column * (SIDE + GAP), top + GAP))
+        top += GAP + max(picture.height for picture in row)
     return sheet
 
 
-def _prompt(asked: objects.Objects, row: int, which: int) -> dict[str, Any]:
-    coords = asked.prompts.coords[row, which]
-    if asked.single[row, which]:
-        return {"box": coords[:2].ravel().tolist()}
-    return {"points": [(*coords[0].tolist(), 1)]}
+def _row(views: Views, asked: objects.Objects, masks: np.ndarray) -> list[Image.Image]:
+    """One view's pictures, in the order of `HEADS`."""
+    height, width = views.size
+    photo = views.pixels[:height, :width] * PIXEL_STD + PIXEL_MEAN
+    photo = np.clip(photo + 0.5, 0, 255).astype(np.uint8)
+    row = [Image.fromarray(photo)]
+    inside = objects.inside(views.size, masks.shape[-1])
+    for boxes in (True, False):  # the largest object that was asked for so
+        sizes = asked.target.sum((1, 2)) * asked.counts * (asked.single == boxes)
+        which = int(np.argmax(sizes))
+        if not sizes[which]:
+            row += [_with_text(Image.fromarray(photo), "nothing found")] * 2
+            continue
+        coords = asked.prompts.coords[which]
+        prompt: dict[str, Any] = {"box": coords[:2].ravel().tolist()}
+        if not boxes:
+            prompt = {"points": [(*coords[0].tolist(), 1)]}
+        truth, guess = asked.target[which], masks[which] & np.asarray(inside)
+        iou = (truth & guess).sum() / max((truth | guess).sum(), 1)
+        for mask, text in ((truth, ""), (guess, f"IoU {iou:.2f}")):
+            large = np.asarray(mask).repeat(LOW_RES, 0).repeat(LOW_RES, 1)[:height, :width]
+            row.append(_with_text(overlay(photo, large, **prompt), text))
+    for picture in row:
+        picture.thumbnail((SIDE, SIDE))
+    return row
+
+
+def _with_text(picture: Image.Image, text: str) -> Image.Image:
+    picture.thumbnail((SIDE, SIDE))
+    pen = ImageDraw.Draw(picture)
+    if text:
+        pen.rectangle((0, 0, pen.textlength(text) + 8, LINE + 2), fill="black")
+        pen.text((4, 2), text, fill="white")
+    return picture

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
 from samlight_jax import weights
@@ -22,7 +21,7 @@ from train import schedule, sharding
 from train.config import TrainConfig
 from train.inherit import inherited
 from train.losses import Moments
-from train.step import EMBEDDING, State, Task, make_optimizer, teach
+from train.step import EMBEDDING, State, Task, keys_of, make_optimizer, teach
 from train.student import (
     BUFFER,
     DECODER,
@@ -66,7 +65,7 @@ class Start:
     widths: dict[str, int]
 
     @property
-    def rate(self) -> optax.Schedule:
+    def rate(self) -> Any:
         """The encoder's learning rate by step."""
         return schedule.rate(self.task.config, self.task.config.lr)
 
@@ -81,9 +80,12 @@ class Start:
 
         return weights.replaced(self.teacher, one)
 
-    def plain_teacher(self, teacher: Sam) -> Sam:
-        """A placed teacher in float32, for pictures."""
-        return weights.replaced(teacher, lambda _, x: x.astype(jnp.float32))
+    def flops(self) -> float | None:
+        """Of one photograph: the teacher's encoder once, the student's forward and backward."""
+        config = self.task.config
+        teacher = 0.0 if config.teacher_cache else _flops(self.teacher)
+        student = _flops(weights.build(self.task.student, self.arrays, folded=False))
+        return teacher + 3 * student if student else None
 
     def state(self, found: dict[str, Moments] | None = None) -> State:
         """The first state.
@@ -122,7 +124,7 @@ def prepare(config: TrainConfig) -> Start:
     fingerprint = weights.fingerprint(teacher_config, arrays)
     teacher_config, arrays = weights.resize(teacher_config, arrays, config.image_size)
     teacher = weights.build(teacher_config, arrays)
-    student = student_config(config)
+    student = student_config(config, teacher_config)
     own = _student_arrays(config, student, arrays, teacher_config)
 
     taught = _shapes(teacher)
@@ -153,6 +155,15 @@ def _shapes(model: Sam) -> Any:
     return nnx.eval_shape(lambda model, x: model.encode(x), model, pixels)
 
 
+def _flops(model: Sam) -> float:
+    """Of the encoder for one image, as XLA counts them before any kernel hides some."""
+    side = model.config.image_size
+    pixels = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+    traced = jax.jit(lambda model, x: model.encode(x)[0]).trace(model, pixels)
+    found = traced.lower(lowering_platforms=("cpu",)).cost_analysis()
+    return float((found or {}).get("flops", 0.0))
+
+
 def _student_arrays(
     config: TrainConfig, student: SamConfig, teacher: Arrays, teacher_config: SamConfig
 ) -> Arrays:
@@ -174,17 +185,27 @@ def _student_arrays(
     return with_decoder_of(arrays, teacher)
 
 
-def prepared(task: Task, teacher: Sam, seen: Iterable[Any], batch: int) -> dict[str, Moments]:
-    """The teacher's moments over the first views of the run."""
-    side = task.student.grid
+def prepared(
+    task: Task, teacher: Sam, look: Callable[..., Any], batches: Iterable[Any]
+) -> dict[str, Moments]:
+    """The teacher's moments over the first views of the run.
+
+    Args:
+      task: of the run.
+      teacher: placed.
+      look: as for `step.make_step`.
+      batches: the run's, from its first step on.
+    """
+    config, side = task.config, task.student.grid
 
     @jax.jit
-    def sums(teacher: Sam, views: Any) -> dict[str, Any]:
-        embedding, features = teach(task, teacher, views)
+    def sums(teacher: Sam, batch: Any, step: Any) -> dict[str, Any]:
+        views, taught = look(batch, keys_of(config.seed, step, config.batch))
+        embedding, features = (taught, {}) if taught is not None else teach(task, teacher, views)
         inside = views.inside(side)
         maps = {**{n: pooled(x, side) for n, x in features.items()}, EMBEDDING: embedding}
         return {name: moments(x, inside) for name, x in maps.items()}
 
-    first = itertools.islice(seen, -(-SAMPLE // batch))
-    found = [jax.device_get(sums(teacher, views)) for views, _ in first]
+    first = itertools.islice(batches, -(-SAMPLE // config.batch))
+    found = [jax.device_get(sums(teacher, batch, i)) for i, batch in enumerate(first)]
     return {name: combined([one[name] for one in found]) for name in found[0]}

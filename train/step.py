@@ -1,4 +1,4 @@
-"""One step of each stage: views, teacher, student, losses, gradients, update; one jitted program."""
+"""One step of each stage: teacher, student, losses, gradients, update; one jitted program."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from samlight_jax.postprocess import LOW_RES
 from samlight_jax.prompts import Prompts
 from samlight_jax.sam import Sam
 from train import augment, losses, objects, schedule
-from train.config import TrainConfig
+from train.config import Channels, TrainConfig
 from train.losses import FOCAL_WEIGHT, Moments
 from train.student import DECODER, PROJECTOR, Arrays, cast, encode, pooled, project
 
@@ -72,7 +72,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
         mask=lambda tree: jax.tree.map(lambda x: jnp.ndim(x) > 1, tree),
     )
     rate = schedule.rate(config, config.lr)
-    groups = {
+    groups: Any = {
         # The step is scaled to AdamW's size, so that one rate serves both (arXiv 2502.16982).
         "matrices": optax.contrib.muon(rate, weight_decay=config.weight_decay, consistent_rms=0.2),
         "encoder": adamw(rate),
@@ -112,16 +112,20 @@ def feature_terms(
     """Losses of stage 1: of each matched block, in deviations, and of the embedding."""
     config, grid = task.config, task.student.grid
     embedding, features = taught
+
+    def loss(guess: Array, target: Array, moments: Moments, channels: Channels) -> Array:
+        # Every photograph counts alike, so that parts of a batch add up to the whole.
+        each = jax.vmap(losses.features, (0, 0, 0, None, None, None))
+        return each(guess, target, inside, moments, config.loss, channels).mean()
+
     terms = {}
     for own, theirs in task.pairs:
         mean, deviation = state.moments[theirs]
         target = (pooled(features[theirs].astype(jnp.float32), grid) - mean) / deviation
         unit = Moments(jnp.zeros_like(mean), jnp.ones_like(deviation))
-        guess = project(params, own, found.features[own])
-        terms[own] = losses.features(guess, target, inside, unit, config.loss, "plain")
-    terms[EMBEDDING] = losses.features(
-        found.embedding, embedding, inside, state.moments[EMBEDDING], config.loss, config.channels
-    )
+        terms[own] = loss(project(params, own, found.features[own]), target, unit, "plain")
+    moments = state.moments[EMBEDDING]
+    terms[EMBEDDING] = loss(found.embedding, embedding, moments, config.channels)
     return terms
 
 
@@ -134,7 +138,7 @@ def stage_1(
     """Features: (loss, measures, statistics)."""
     config = task.config
     views, taught = seen
-    taught = teach(task, teacher, views) if taught is None else (taught, {})
+    taught = teach(task, teacher, views) if taught is None else (taught, {})  # of a cache
     arrays = {**params, **state.frozen, **state.statistics}
     arrays = {name: x for name, x in arrays.items() if not name.startswith(PROJECTOR)}
     found = encode(task.student, arrays, views.pixels, dtype=config.dtype, remat=config.remat)
@@ -218,9 +222,8 @@ def update(
         )
     else:
         # Every part takes rows of every device.
-        cut = jax.tree.map(
-            lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), (seen, keys)
-        )
+        rows = (seen, keys)
+        cut = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), rows)
         start = jax.tree.map(jnp.zeros_like, state.params), state.statistics
         (gradients, statistics), measures = jax.lax.scan(add, start, cut)
         gradients, measures = (
@@ -228,7 +231,7 @@ def update(
             jax.tree.map(jnp.mean, measures),
         )
     updates, optimizer = task.optimizer.update(gradients, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params: Any = optax.apply_updates(state.params, updates)
     measures["gradient"] = optax.global_norm(gradients)
     # Short at first, so that the random start is soon forgotten.
     decay = jnp.minimum(config.ema, (1.0 + state.step) / (10.0 + state.step))

@@ -31,8 +31,8 @@ BUFFER = re.compile(r"gaussian_matrix$")
 LAST_NORM = "image_encoder.neck.norm2."
 
 
-def student_config(config: TrainConfig) -> SamConfig:
-    """The preset with the run's own width, depth, heads and image size.
+def student_config(config: TrainConfig, teacher: SamConfig) -> SamConfig:
+    """The preset with the run's own width, depth, heads and image size, and the teacher's decoder.
 
     Raises:
       InputError: an unknown preset, or one that is not a ViT.
@@ -45,7 +45,12 @@ def student_config(config: TrainConfig) -> SamConfig:
     changes = {n: v for n in ("width", "depth", "heads") if (v := getattr(config, n)) is not None}
     try:
         encoder = dataclasses.replace(preset.encoder, **changes)
-        return dataclasses.replace(preset, encoder=encoder, image_size=config.image_size)
+        return dataclasses.replace(
+            preset,
+            encoder=encoder,
+            image_size=config.image_size,
+            decoder_mlp=teacher.decoder_mlp,
+        )
     except ValueError as error:
         raise InputError(f"This student cannot be: {error}") from None
 
@@ -87,7 +92,8 @@ def matched(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> dict[str,
     Of a ViT these are its transformer blocks, of a TinyViT those of all four stages.
     """
     own, theirs = blocks_of(student), blocks_of(teacher)
-    return {name: theirs[round((i + 1) * len(theirs) / len(own)) - 1] for i, name in enumerate(own)}
+    last = [max(1, round((i + 1) * len(theirs) / len(own))) for i in range(len(own))]
+    return {name: theirs[i - 1] for name, i in zip(own, last, strict=True)}
 
 
 def pooled(feature: Array, side: int) -> Array:
@@ -171,7 +177,10 @@ def moments(feature: Array, inside: Array) -> tuple[Array, Array, Array]:
 
 def combined(sums: list[tuple[Any, Any, Any]]) -> Moments:
     """Mean and deviation from the sums of several batches."""
-    count, first, second = (sum(np.asarray(x, np.float64) for x in part) for part in zip(*sums))
+    count, first, second = (
+        np.sum([np.asarray(x, np.float64) for x in part], axis=0)
+        for part in zip(*sums, strict=True)
+    )
     mean = first / count
     deviation = np.sqrt(np.maximum(second / count - mean**2, 1e-12))
     return Moments(mean.astype(np.float32), deviation.astype(np.float32))
