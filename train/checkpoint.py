@@ -5,8 +5,11 @@ Beside the state lies what the run is, so that another run's checkpoint is refus
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +54,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, identity: dict[str, Any], keep: int):
         self.identity = identity
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax also raises what it logs
         self.manager = ocp.CheckpointManager(
             (folder / "checkpoints").resolve(),
             options=ocp.CheckpointManagerOptions(max_to_keep=keep),
@@ -65,14 +69,30 @@ class Checkpoints:
         """Starts to write: the state, and where in the data the run is."""
         if step == self.latest:
             return
-        self.manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                data=ocp.args.JsonSave(data),
-                run=ocp.args.JsonSave(self.identity),
-            ),
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            data=ocp.args.JsonSave(data),
+            run=ocp.args.JsonSave(self.identity),
         )
+        with self._writing():
+            self.manager.save(step, args=args)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Makes one sentence of what a full disk does, now or to the checkpoint before."""
+        try:
+            yield
+        except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
+            text = str(error)
+            if isinstance(error, ValueError) and "os_error_code" not in text:
+                raise
+            last = f"the last whole one is of step {self.latest}"
+            raise InputError(
+                f"A checkpoint in {self.manager.directory} could not be written "
+                f"({text.splitlines()[0].rsplit(': ', 1)[-1]}); "
+                f"{last if self.latest is not None else 'there is no other'}. Make room; the same "
+                "command continues."
+            ) from None
 
     def restore(self, state: Any, where: Any) -> tuple[Any, dict[str, Any]]:
         """The newest checkpoint, on these devices: (state, data).
@@ -109,5 +129,6 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits until all is written."""
-        self.manager.wait_until_finished()
-        self.manager.close()
+        with self._writing():
+            self.manager.wait_until_finished()
+            self.manager.close()

@@ -113,7 +113,7 @@ class Batch:
             return
         for chunk in itertools.chain([self.first], self.chunks):
             self.answers.append((chunk.asked, self._answer(embeddings, chunk)))
-            jax.block_until_ready(self.answers[:-2][-1:])  # two chunks under way take no more
+            jax.block_until_ready(self.answers[:-2][-1:])  # memory holds few chunks
 
     def _pixels(self) -> tuple[np.ndarray, np.ndarray]:
         side = self.engine.config.image_size

@@ -7,6 +7,7 @@ rules about names.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -20,7 +21,6 @@ from jax import Array
 from samlight_jax import weights
 from samlight_jax.config import PRESETS, SamConfig, ViTConfig
 from samlight_jax.errors import InputError
-from samlight_jax.sam import Sam
 from train.config import TrainConfig
 from train.losses import Moments
 
@@ -56,14 +56,20 @@ def student_config(config: TrainConfig, teacher: SamConfig) -> SamConfig:
 
 
 def fresh(config: SamConfig, seed: int) -> Arrays:
-    """Random arrays of a whole model, drawn in one program."""
+    """Random arrays of an encoder: products keep the variance (LeCun), norms do nothing yet.
 
-    @jax.jit
-    def draw(key: Array) -> Arrays:
-        model = Sam(config, rngs=nnx.Rngs(key))
-        return weights.values(model)
+    By NumPy: to compile the modules' own draws takes longer than the first steps of a run.
+    """
+    rng = np.random.default_rng(seed)
 
-    return {name: np.asarray(x) for name, x in draw(jax.random.key(seed)).items()}
+    def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name.endswith(".kernel"):
+            inputs = math.prod(shape[:-1])
+            return rng.normal(0, inputs**-0.5, shape).astype(np.float32)
+        return np.full(shape, name.endswith((".scale", ".var")), np.float32)
+
+    wanted = {n: x.shape for n, x in weights.expected(config).items() if n.startswith(ENCODER)}
+    return {name: draw(name, wanted[name]) for name in sorted(wanted)}
 
 
 def with_decoder_of(student: Arrays, teacher: Mapping[str, Any]) -> Arrays:
@@ -139,6 +145,8 @@ def encode(config: SamConfig, arrays: Arrays, pixels: Array, *, dtype: Any, rema
     def run(arrays: Arrays, pixels: Array) -> Encoded:
         model = weights.build(config, cast(arrays, dtype), folded=False)
         model.train()
+        # Else their float32 statistics would make float32 of all that follows.
+        model.set_attributes(nnx.BatchNorm, dtype=jnp.dtype(dtype), raise_if_not_found=False)
         embedding, features = model.encode(pixels.astype(dtype))
         found = weights.values(model)
         return Encoded(embedding, features, {n: x for n, x in found.items() if STATISTIC.search(n)})
