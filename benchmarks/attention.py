@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import functools
 import itertools
-import math
 import os
 import re
 import subprocess
@@ -277,9 +276,8 @@ def unfused(grid: groups.Grid, qkv: jax.Array, *rel: jax.Array) -> jax.Array:
         bias = rows[..., :, None] + columns[..., None, :]
         bias = bias.reshape(*bias.shape[:3], -1)
     out = jax.nn.dot_product_attention(q, k, v, bias=bias, implementation="xla").swapaxes(1, 2)
-    return groups.ungroup(
-        out.reshape(-1, math.prod(grid.segments), grid.residues, *out.shape[1:]), grid
-    )
+    out = out.reshape(qkv.shape[0], -1, grid.residues, *out.shape[1:])
+    return groups.ungroup(out, grid)
 
 
 def _both(call: Callable[..., jax.Array], *arrays: jax.Array) -> Arrays:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tyro
 from PIL import Image
 
 from benchmarks.report import TABLES, report
@@ -17,6 +18,7 @@ from samlight_jax.config import PRESETS
 from samlight_jax.errors import InputError
 from samlight_jax.preprocess import as_array
 from tests.models import random_arrays
+from train import distill, evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -98,3 +100,23 @@ def test_the_models_table_has_every_preset_with_its_parameters():
     for name, config in PRESETS.items():
         count = sum(np.prod(leaf.shape) for leaf in weights.expected(config).values())
         assert said[name] == f"{count / 1e6:.1f}", name
+
+
+def test_the_training_commands_have_the_flags_they_say():
+    texts = [README, (ROOT / "docs" / "training.md").read_text()]
+    shell = "\n".join(block for text in texts for block in re.findall(SHELL, text, re.DOTALL))
+    lines = [line.split("  #")[0] for line in shell.replace("\\\n", " ").splitlines()]
+    seen = set()
+    for line in lines:
+        words = [word for word in shlex.split(line) if word != "..."]
+        if words[:2] == ["python", "-m"] and words[2] in PROGRAMS:
+            PROGRAMS[words[2]](words[3:])
+            seen.add(words[2])
+    assert seen == set(PROGRAMS)
+
+
+SHELL = r"```sh\n(.*?)```"
+PROGRAMS = {
+    "train.distill": distill.parse,
+    "train.evaluate": lambda words: tyro.cli(evaluate.Options, args=words).protocol(),
+}

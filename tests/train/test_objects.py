@@ -19,6 +19,7 @@ SIZE = np.array([80, 128])  # of a view in it
 CENTRES = 4 * np.arange(LOW_RES) + 2
 SEEN = (CENTRES < SIZE[0])[:, None] & (CENTRES < SIZE[1])
 SURE, UNSURE = 0.8, 0.7
+FAST = {"xla_backend_optimization_level": 0}  # to compile
 
 
 def key(seed=0):
@@ -47,7 +48,10 @@ def fake(radius, iou=lambda x, y: SURE):
 
 
 def by(decode, count=12, seed=0):
-    program = jax.jit(lambda key: objects.of_teacher(decode, SIZE, key, count, LOW_RES))
+    def of_teacher(key):
+        return objects.of_teacher(decode, SIZE, key, count, LOW_RES)
+
+    program = jax.jit(of_teacher, compiler_options=FAST)
     return jax.device_get(program(key(seed)))
 
 
@@ -182,7 +186,7 @@ def test_inside_is_the_view():
 
 # Corrections.
 
-CORRECTED = jax.jit(objects.corrected)
+CORRECTED = jax.jit(objects.corrected, compiler_options=FAST)
 
 
 def answered(seed=0):
@@ -242,7 +246,7 @@ def test_clicks_are_random():
     """On an answer of nothing: every pixel of the target in turn."""
     found, logits, choice = answered()
     logits = np.full_like(logits, -5)
-    draws = jax.jit(jax.vmap(objects.corrected, (None, None, None, None, 0)))
+    draws = jax.jit(jax.vmap(objects.corrected, (None, None, None, None, 0)), compiler_options=FAST)
     later = draws(found, logits, choice, SEEN, jax.random.split(key(), 400))
     clicks = np.asarray(later.prompts.coords)[:, 8, 3]
     there = 4 * np.argwhere(found.target[8])[:, ::-1] + 2
@@ -256,7 +260,7 @@ def test_clicks_are_random():
 FRAME = Frame((64, 64), 64)  # of models.TINY, as large as its photograph
 DECODE = jax.jit(
     lambda model, embedding, prompts: model.decode(embedding, prompts),
-    compiler_options={"xla_backend_optimization_level": 0},  # compiles sooner
+    compiler_options=FAST,
 )
 
 
