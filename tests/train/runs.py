@@ -39,13 +39,15 @@ def photographs(folder, count=10, size=(48, 64)):
     return folder
 
 
-def command(folder, **flags):
-    """The program's command line; `flags` over `FLAGS`."""
-    given = FLAGS | {"out": folder / "out"} | flags
+def command(folder, **changes):
+    """The program's command line; `changes` over `FLAGS`."""
+    given = FLAGS | {"out": folder / "out"} | changes
     given.setdefault("teacher", folder / "teacher.safetensors")
     given.setdefault("data", folder / "photographs")
-    pairs = ((f"--{name.replace('_', '-')}", str(value)) for name, value in given.items())
-    return [sys.executable, "-m", "train.distill", *(part for pair in pairs for part in pair)]
+    flags = []
+    for name, value in given.items():
+        flags += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return [sys.executable, "-m", "train.distill", *flags]
 
 
 def environment(folder, devices=1):

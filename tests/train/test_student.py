@@ -13,7 +13,6 @@ from tests.conftest import normal, run
 from tests.models import TINY, random_arrays
 from train import student
 from train.config import TrainConfig
-from train.losses import Moments
 
 CONFIG = SamConfig(
     name="small",
@@ -89,19 +88,6 @@ def test_fresh_products_keep_the_variance():
     for name, x in found.items():
         if not name.endswith("kernel"):
             assert np.all(x == name.endswith(("norm1.scale", "norm2.scale", "bn.scale", "bn.var")))
-
-
-def test_a_started_student_gives_the_teachers_moments():
-    arrays = random_arrays(CONFIG)
-    moments = Moments(normal(256), np.geomspace(0.001, 0.2, 256, dtype=np.float32))
-    found = student.started(arrays, moments)
-    changed = {n for n in arrays if found[n] is not arrays[n]}
-    assert changed == {"image_encoder.neck.norm2.scale", "image_encoder.neck.norm2.bias"}
-    embedding = encode(found, normal(4, 64, 64, 3)).embedding.reshape(-1, 256)
-    # Each token is of mean 0 and deviation 1 over channels before the affine.
-    unit = (np.asarray(embedding) - moments.mean) / moments.deviation
-    np.testing.assert_allclose(unit.mean(1), 0, atol=1e-3)
-    np.testing.assert_allclose(unit.std(1), 1, atol=1e-3)
 
 
 def test_the_decoder_is_the_teachers():
