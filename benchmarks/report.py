@@ -142,15 +142,16 @@ def by_set(metric: str) -> Callable[[dict[str, Any]], Rows]:
 
     def table(values: dict[str, Any]) -> Rows:
         found = {(row["set"], row["protocol"]): row for row in values["rows"]}
-        sets = _sets(values)
-        head = f"{METRICS[metric]}, {values['model']['name']}, {values['versions']['device']}"
-        rows = [
-            [f"{head}, jax {values['versions']['jax']}", *map(_titled, sets), "mean of the sets"]
-        ]
+        sets, versions = _sets(values), values["versions"]
+        masks = {row["set"]: row[metric]["n"] for row in values["rows"]}
+        what = f"{METRICS[metric]}, {values['model']['name']}"
+        where = f"{versions['device']}, jax {versions['jax']}, {values['date']}"
+        titles = [_titled(name, masks[name]) for name in sets]
+        rows = [[f"{what}, {where}", "mask", *titles, f"mean of {len(sets)} sets"]]
         for protocol, fields in values["protocols"].items():
             cells = [found.get((name, protocol)) for name in sets]
             means = [None if row is None else row[metric] for row in cells]
-            rows.append([f"`{protocol}`: {_words(fields)}", *map(_mean, means), _together(means)])
+            rows.append([f"`{protocol}`", _mask(fields), *map(_mean, means), _together(means)])
         return rows
 
     return table
@@ -185,8 +186,8 @@ def agreement(values: dict[str, Any]) -> Rows:
             table.append(
                 (
                     *(f"`{protocol}`", str(len(found)), str(sum(each["n"] for each in found))),
-                    f"{max(abs(each['difference']) for each in found):.5f}",
-                    f"{max(each['largest'] for each in found):.4f}",
+                    f"{max(abs(each['difference']) for each in found):.6f}",
+                    f"{max(each['largest'] for each in found):.6f}",
                     *(str(sum(each[key] for each in found)) for key in ("beyond", "other_points")),
                 )
             )
@@ -198,13 +199,13 @@ def _sets(values: dict[str, Any]) -> list[str]:
     return sorted(values["data"], key=lambda name: (name in OUT_OF_DOMAIN, name))
 
 
-def _titled(name: str) -> str:
-    return f"{name} (out of domain)" if name in OUT_OF_DOMAIN else name
+def _titled(name: str, masks: int) -> str:
+    return f"{name} ({masks})" + (", out of domain" if name in OUT_OF_DOMAIN else "")
 
 
-def _words(protocol: dict[str, Any]) -> str:
-    clicks = f", {protocol['refine']} clicks" if protocol["refine"] else ""
-    return f"{protocol['prompt']}, {protocol['mask_select']}{clicks}"
+def _mask(protocol: dict[str, Any]) -> str:
+    clicks = protocol["refine"]
+    return protocol["mask_select"] + (f", {clicks} click{'s'[: clicks - 1]}" if clicks else "")
 
 
 def _mean(found: dict[str, float] | None) -> str:

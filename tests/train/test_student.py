@@ -47,7 +47,7 @@ def test_a_student_is_its_preset_with_changes():
         (dict(student="samlight_x"), "There is no preset 'samlight_x'; expected one of"),
         (dict(student="minisam"), "'minisam' is no ViT; students are"),
         (dict(width=100), "This student cannot be: width=100 must be a multiple of heads=6."),
-        (dict(image_size=100), "This student cannot be: image_size=100"),
+        (dict(image_size=8192), "This student cannot be: image_size=8192"),
     ],
 )
 def test_students_that_cannot_be(fields, sentence):
