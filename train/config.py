@@ -90,7 +90,9 @@ class TrainConfig:
       exclude: files that name photographs to leave out, one a line (the first CSV column counts).
       teacher: a model's name or file.
       student: a preset's name.
-      width, depth, heads: of the student's encoder where it should differ from the preset's.
+      width: of the student's encoder, where it should differ from the preset's.
+      depth: the same, blocks.
+      heads: the same.
       init_from: a model file or a run's folder to start from; stages 2 and 3 need one.
       inherit: start the encoder from slices of the teacher's (both must be ViTs).
       image_size: side of the square frame in pixels.
@@ -98,14 +100,18 @@ class TrainConfig:
       batch: photographs a step, over all devices.
       accumulate: parts a batch is computed in, one after the other.
       optimizer: muon (matrices of the blocks; AdamW for the rest) or adamw.
-      lr: peak of the encoder's rate; it rises over `warmup` steps and falls as a cosine to zero.
+      lr: peak of the encoder's rate, which falls as a cosine to zero.
       decoder_lr: the same of the mask decoder's, in stages 2 and 3.
+      warmup: steps in which the rates rise.
       weight_decay: of matrices.
       clip: largest norm of a gradient.
       ema: decay of the averaged weights, which are what is written at the end.
       dtype: of the products; parameters stay float32.
       remat: keep only the blocks' outputs and compute the rest again in the backward pass.
-      loss, channels, schedule: of stage 1, see `train.losses` and `train.schedule`.
+      loss: of stage 1's features.
+      channels: of the embedding, count by their size (plain), all alike (full), or between (half).
+      schedule: of stage 1: from the first matched block to the output without a break (ramp), one
+        at a time (one_hot), or the output alone.
       layers_share: of the steps that the layer schedule takes; the output has the rest alone.
       prompts: prompts a photograph in stages 2 and 3, points and boxes half and half.
       mask_loss: of a mask's pixels, beside Dice.
@@ -116,7 +122,9 @@ class TrainConfig:
       max_bad: share of photographs that may be unreadable.
       mesh: of devices.
       cluster: of processes.
-      log_every, sheet_every, save_every: steps; 0 makes no sheet.
+      log_every: steps.
+      sheet_every: steps; 0 makes no sheet.
+      save_every: steps.
       keep: checkpoints, the newest.
       seed: of everything random.
       tensorboard: also write its event files.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import os
 import signal
 import sys
@@ -26,7 +27,7 @@ from rich.console import Console
 from samlight_jax import weights
 from samlight_jax.errors import InputError, exit_on_error
 from train import augment, cache, checkpoint, data, sharding, sheet
-from train.config import PRESETS, TrainConfig
+from train.config import PRESETS, Augment, TrainConfig
 from train.log import Log
 from train.start import prepare, prepared
 from train.step import State, make_step
@@ -205,19 +206,43 @@ class Run:
             Console(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Views(Augment):
+    def __post_init__(self):
+        pass
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Flags(TrainConfig):
+    """Not checked yet: tyro would make a picture of our sentence."""
+
+    augment: _Views = dataclasses.field(default_factory=_Views)
+
+    def __post_init__(self):
+        pass
+
+
+def _as(kind: type, config: Any, **changes: Any) -> Any:
+    """The same fields in another class."""
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(kind)}
+    return kind(**fields | changes)
+
+
 def parse(arguments: list[str]) -> TrainConfig:
     """Flags over the defaults of `--config`."""
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--config", choices=PRESETS, default="default")
     chosen, rest = first.parse_known_args(arguments)
     presets = "\n".join(f"  --config {name}: {text}" for name, (text, _) in PRESETS.items())
-    return tyro.cli(
-        TrainConfig,
+    default = PRESETS[chosen.config][1]
+    flags = tyro.cli(
+        _Flags,
         prog="python -m train.distill",
-        default=PRESETS[chosen.config][1],
+        default=_as(_Flags, default, augment=_as(_Views, default.augment)),
         args=rest,
         description=f"{(__doc__ or '').splitlines()[0]}\n\nPresets:\n{presets}",
     )
+    return _as(TrainConfig, flags, augment=_as(Augment, flags.augment))
 
 
 def join(config: TrainConfig) -> None:

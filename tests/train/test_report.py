@@ -99,6 +99,16 @@ def test_clicks_agreement_and_embeddings_are_averaged(dataset):
     assert results["embedding_cosine"]["value"] == 0.25
 
 
+def test_a_small_error_keeps_its_digits(dataset):
+    instances = [instance(str(k), 50.0, 0.0) for k in (1, 2, 3)]
+    found = records(*instances, embedding={"mse": 0.000291234567, "cosine": 0.9})
+    got = build(dataset, found, agree_with="x")
+    assert got["results"]["embedding_mse"]["value"] == 0.000291235
+    page = report.markdown(got)
+    assert "| embedding: mean squared error | 0.000291 | 0.000291 to 0.000291 | 2 |" in page
+    assert "| mIoU | 0.0000 | 0.0000 to 0.0000 | 3 |" in page
+
+
 def test_ap_is_of_the_photographs_that_could_be_read(dataset):
     exact = [text(rle(0, 10)), text(rle(20, 60)), text(rle(0, 60))]
     numbers = zip(("1", "2", "3"), (400.0, 1600.0, 1e4), exact, strict=True)
