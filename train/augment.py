@@ -14,6 +14,7 @@ from jax import Array
 
 from samlight_jax.preprocess import PIXEL_MEAN, PIXEL_STD
 from train.config import Augment
+from train.data import MASK_STEP
 
 GREY = (0.299, 0.587, 0.114)  # of red, green, blue; ITU-R BT.601
 
@@ -85,17 +86,62 @@ def _render(
     photo: Array, limits: Array, box: Array, flip: Array, image_size: int
 ) -> tuple[Array, Array]:
     """One crop with its long side at `image_size`, as (s, s, 3) from 0 to 255, and its size."""
-    corner, sides = box[:2], box[2:]
-    size = jnp.maximum(jnp.floor(sides / sides.max() * image_size + 0.5), 1)
-    step = sides / size
-    start = jnp.where(flip, corner[1] + sides[1], corner[1])
-    columns = _resampling(
-        len(photo), image_size, limits[1], start, jnp.where(flip, -1, 1) * step[1]
-    )
-    rows = _resampling(len(photo), image_size, limits[0], corner[0], step[0])
+    rows, columns, size = _both_axes(len(photo), limits, box, flip, image_size, image_size, 1)
     # In the device's own precision: tf32 errs by less than a level.
     pixels = jnp.einsum("yr,rck->yck", rows, photo.astype(jnp.float32))
     return jnp.einsum("xc,yck->yxk", columns, pixels), size.astype(jnp.int32)
+
+
+def masks(
+    masks: Array, sizes: Array, keys: Array, augment: Augment, image_size: int, side: int
+) -> Array:
+    """Masks as `views` with the same keys shows their photographs.
+
+    Args:
+      masks: (b, k, m, m) uint8 of 0 and 1, on canvases made smaller.
+      sizes: (b, 2) int32, (height, width) of each photograph on its own canvas.
+      keys: (b,), of the views.
+      augment: of the views, without mosaic and paste.
+      image_size: side of the frame.
+      side: of a low-resolution mask.
+
+    Returns:
+      (b, k, side, side) bool.
+    """
+    step = MASK_STEP
+
+    def one(masks: Array, size: Array, key: Array) -> Array:
+        box, flip = _crop(size, key, augment)
+        axes = masks.shape[-1], size / step, box / step, flip, image_size, side, step
+        rows, columns, _ = _both_axes(*axes)
+        shares = jnp.einsum("yr,krc,xc->kyx", rows, masks.astype(jnp.float32), columns)
+        return shares > 0.5
+
+    return jax.vmap(one)(masks, sizes, keys)
+
+
+def _both_axes(
+    before: int, limits: Array, box: Array, flip: Array, image_size: int, after: int, step: int
+) -> tuple[Array, Array, Array]:
+    """Weights of rows and of columns, and the view's (height, width) in the frame.
+
+    Args:
+      before: side of the canvas.
+      limits: (height, width) of the photograph on it.
+      box: (top, left, height, width) on it.
+      flip: whether the view is mirrored.
+      image_size: side of the frame.
+      after: side of what is made, a frame or a coarser grid over one.
+      step: of the canvas, made smaller: photograph pixels for one of it.
+    """
+    corner, sides = box[:2], box[2:]
+    # From the whole photograph's pixels, so that photographs and masks agree.
+    size = jnp.maximum(jnp.floor(sides * step / (sides * step).max() * image_size + 0.5), 1)
+    pace = sides / size * (image_size / after)
+    start = jnp.where(flip, corner[1] + sides[1], corner[1])
+    rows = _resampling(before, after, limits[0], corner[0], pace[0])
+    columns = _resampling(before, after, limits[1], start, jnp.where(flip, -1, 1) * pace[1])
+    return rows, columns, size
 
 
 def _resampling(before: int, after: int, limit: Array, start: Array, step: Array) -> Array:

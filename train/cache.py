@@ -54,11 +54,6 @@ class Manifest:
         return json.loads(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}))
 
 
-def alone(augment: Augment) -> Augment:
-    """Views that hold one photograph each."""
-    return dataclasses.replace(augment, mosaic=0.0, paste=0.0)
-
-
 def keys_of(seed: int, items: jax.Array) -> jax.Array:
     """(n,) random keys of items' views."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), items)

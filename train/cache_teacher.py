@@ -70,7 +70,7 @@ def write(config: CacheConfig) -> None:
         count=len(photos),
         views=config.views,
         seed=config.seed,
-        augment=cache.alone(config.augment),
+        augment=config.augment.alone(),
         image_size=config.image_size,
         canvas=config.canvas,
     )

@@ -36,6 +36,10 @@ class Augment:
     mosaic: float = 0.1
     paste: float = 0.4
 
+    def alone(self) -> Augment:
+        """The same, but nothing of other photographs."""
+        return dataclasses.replace(self, mosaic=0.0, paste=0.0)
+
     def __post_init__(self):
         low, high = self.scale
         if not 0 < low <= high <= 1:
@@ -86,7 +90,8 @@ class TrainConfig:
         3, the same with a corrective click on what still differs.
       out: folder of checkpoints, metrics, sheets and the trained model.
       data: folders and tars of photographs (JPEG, PNG, WebP; SA-1B's as downloaded), or
-        tfds:NAME@SPLIT, such as tfds:coco/2017@train (copies lie in $TFDS_DATA_DIR).
+        coco:FOLDER@SPLIT, lvis:FOLDER@SPLIT, sa1b:FOLDER with their annotations, tfds:NAME@SPLIT
+        (of copies in $TFDS_DATA_DIR), such as tfds:coco/2017@train.
       exclude: files that name photographs to leave out, one a line (the first CSV column counts).
       teacher: a model's name or file.
       student: a preset's name.
@@ -114,6 +119,8 @@ class TrainConfig:
         at a time (one_hot), or the output alone.
       layers_share: of the steps that the layer schedule takes; the output has the rest alone.
       prompts: prompts a photograph in stages 2 and 3, points and boxes half and half.
+      targets: of stages 2 and 3, the teacher's masks or those of the data; the latter with views of
+        single photographs.
       mask_loss: of a mask's pixels, beside Dice.
       augment: random views.
       canvas: photographs are kept within a square of this side, never enlarged.
@@ -159,6 +166,7 @@ class TrainConfig:
     schedule: Schedule = "ramp"
     layers_share: float = 0.3
     prompts: int = 16
+    targets: Literal["teacher", "annotations"] = "teacher"
     mask_loss: MaskLoss = "focal"
     augment: Augment = dataclasses.field(default_factory=Augment)
     canvas: int = 768
@@ -202,6 +210,8 @@ class TrainConfig:
             raise InputError(
                 f"stage={self.stage} starts from a student: --init-from OUT_OF_THE_STAGE_BEFORE."
             )
+        if self.targets == "annotations" and self.stage == 1:
+            raise InputError("Stage 1 learns features; targets='annotations' is for 2 and 3.")
         if self.inherit and self.init_from:
             raise InputError("inherit and init_from are two ways to start; give one.")
         if self.teacher_cache and (self.stage > 1 or self.schedule != "output_only"):

@@ -11,7 +11,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -21,21 +21,31 @@ from PIL import Image
 
 from samlight_jax.errors import InputError
 from train import sharding
-from train.annotations import fingerprint, open_dataset
+from train.annotations import Instance, fingerprint, open_dataset
 from train.cache import Cache
 from train.photographs import open_photographs
 
 THREADS = 16  # that read and decode; Pillow lets others run meanwhile
+MASKS = 32  # annotated objects of a photograph at most
+MASK_STEP = 4  # canvas pixels for one of a mask
+
+
+class Source(NamedTuple):
+    """One photograph: a function that reads its pixels, and its annotated objects."""
+
+    read: Callable[[], np.ndarray]
+    instances: tuple[Instance, ...] = ()
 
 
 class Photos:
     """The photographs of a run, decoded to canvases of one size; the unreadable are replaced.
 
     Args:
-      roots: folders and tars (see `photographs.open_photographs`), or "tfds:NAME@SPLIT".
+      roots: see `TrainConfig.data`.
       exclude: files that name photographs to leave out.
       canvas: side in pixels; larger photographs are made smaller.
       max_bad: share that may be unreadable.
+      annotated: whether to give masks too, and leave out photographs without any.
 
     Attributes:
       names: in a fixed order.
@@ -44,16 +54,27 @@ class Photos:
     """
 
     def __init__(
-        self, roots: Sequence[str], exclude: Sequence[str], canvas: int, max_bad: float = 0.01
+        self,
+        roots: Sequence[str],
+        exclude: Sequence[str],
+        canvas: int,
+        max_bad: float = 0.01,
+        *,
+        annotated: bool = False,
     ):
         if not roots:
             raise InputError("No photographs were given: --data FOLDER_OR_TAR ...")
-        self.readers = _readers(roots)
+        self.sources = _sources(roots)
         unwanted = {name for path in exclude for name in _listed(path)}
-        self.names = [n for n in self.readers if not {n, n.split("/", 1)[-1]} & unwanted]
+        self.names = [
+            name
+            for name, source in self.sources.items()
+            if not {name, name.split("/", 1)[-1]} & unwanted and (source.instances or not annotated)
+        ]
         if not self.names:
-            raise InputError(f"No photograph is left of {', '.join(roots)}; give other --data.")
-        self.canvas, self.max_bad = canvas, max_bad
+            kind = "annotated photograph" if annotated else "photograph"
+            raise InputError(f"No {kind} is left of {', '.join(roots)}; give other --data.")
+        self.canvas, self.max_bad, self.annotated = canvas, max_bad, annotated
         self.fingerprint = fingerprint(self.names)
         self.bad: dict[str, str] = {}
         self._lock = threading.Lock()
@@ -64,17 +85,24 @@ class Photos:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """`photos` (canvas, canvas, 3) uint8 and `sizes` (2,) int32, (height, width).
 
-        In place of an unreadable photograph comes the next one that can be read.
+        If `annotated`, also `masks` (MASKS, canvas / MASK_STEP, canvas / MASK_STEP) uint8, 0 or 1;
+        those past the photograph's objects are empty. In place of an unreadable photograph comes
+        the next one that can be read.
 
         Raises:
           InputError: more than `max_bad` of the photographs are unreadable.
         """
         for step in range(len(self)):
             name = self.names[(index + step) % len(self)]
+            source = self.sources[name]
             try:
-                return on_canvas(self.readers[name](), self.canvas)
+                one = on_canvas(source.read(), self.canvas)
             except InputError as error:
                 self._remember(name, str(error))
+                continue
+            if self.annotated:
+                one["masks"] = masks_on_canvas(source.instances, one["sizes"], self.canvas)
+            return one
         raise InputError(f"None of the {len(self)} photographs can be read.")
 
     def _remember(self, name: str, why: str) -> None:
@@ -88,20 +116,27 @@ class Photos:
                 )
 
 
-def _readers(roots: Sequence[str]) -> dict[str, Callable[[], np.ndarray]]:
-    """A function for each photograph, by name."""
-    places = [root for root in roots if not root.startswith("tfds:")]
-    readers: dict[str, Callable[[], np.ndarray]] = {}
-    if places:
-        source = open_photographs(places)
-        readers = {n: functools.partial(source.read, n, upright=True) for n in source.names}
+def _sources(roots: Sequence[str]) -> dict[str, Source]:
+    """All photographs by name."""
+    places, sources = [], {}
     for root in roots:
-        if root.startswith("tfds:"):
-            name, _, split = root.partition("@")
-            dataset = open_dataset(name, os.environ.get("TFDS_DATA_DIR"), split or None)
-            for photo in dataset.photos:
-                readers[f"{root}/{photo.name}"] = functools.partial(dataset.read, photo)
-    return readers
+        kind, _, rest = root.partition(":")
+        if kind not in ("coco", "lvis", "sa1b", "tfds"):
+            places.append(root)
+            continue
+        where, _, split = rest.partition("@")
+        copies = os.environ.get("TFDS_DATA_DIR")
+        data, place = (f"tfds:{where}", copies) if kind == "tfds" else (kind, where)
+        dataset = open_dataset(data, place, split or None)
+        for photo in dataset.photos:
+            read = functools.partial(dataset.read, photo)
+            whole = tuple(each for each in photo.instances if not each.crowd)
+            sources[f"{root}/{photo.name}"] = Source(read, whole)
+    if places:
+        found = open_photographs(places)
+        for name in found.names:
+            sources[name] = Source(functools.partial(found.read, name, upright=True))
+    return sources
 
 
 def _listed(path: str) -> Iterator[str]:
@@ -128,6 +163,25 @@ def on_canvas(photo: np.ndarray, canvas: int) -> dict[str, np.ndarray]:
         "photos": np.pad(photo, room, mode="edge"),
         "sizes": np.array([height, width], np.int32),
     }
+
+
+def masks_on_canvas(instances: Sequence[Instance], size: np.ndarray, canvas: int) -> np.ndarray:
+    """Masks of a photograph of `size` on its canvas, made smaller; see `Photos.__getitem__`.
+
+    Of more than `MASKS` objects those are taken that come first when shuffled, always the same.
+    """
+    step, side = MASK_STEP, canvas // MASK_STEP
+    masks = np.zeros((MASKS, side, side), np.uint8)
+    order = np.random.default_rng(len(instances)).permutation(len(instances))[:MASKS]
+    height, width = map(int, size)
+    for mask, i in zip(masks, order, strict=False):
+        whole = Image.fromarray(instances[i].mask().astype(np.uint8) * 255)
+        if whole.size != (width, height):
+            whole = whole.resize((width, height), Image.Resampling.BOX)
+        room = np.zeros((side * step, side * step), np.uint8)
+        room[:height, :width] = np.asarray(whole)[: side * step, : side * step]
+        mask[:] = room.reshape(side, step, side, step).mean((1, 3)) > 127
+    return masks
 
 
 class Items:

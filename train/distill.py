@@ -26,11 +26,12 @@ from rich.console import Console
 
 from samlight_jax import weights
 from samlight_jax.errors import InputError, exit_on_error
+from samlight_jax.postprocess import LOW_RES
 from train import augment, cache, checkpoint, data, sharding, sheet
 from train.config import PRESETS, Augment, TrainConfig
 from train.log import Log
 from train.start import prepare, prepared
-from train.step import State, make_step
+from train.step import Seen, State, make_step
 
 MODEL = "model.safetensors"
 AHEAD = 2  # steps that the devices are sent before the first of them is read
@@ -57,7 +58,13 @@ class Run:
                 f"take a multiple of {parts}."
             )
         self.writes = jax.process_index() == 0
-        self.photos = data.Photos(config.data, config.exclude, config.canvas, config.max_bad)
+        self.photos = data.Photos(
+            config.data,
+            config.exclude,
+            config.canvas,
+            config.max_bad,
+            annotated=config.targets == "annotations",
+        )
         self.start = prepare(config)
         self.task = self.start.task
         self.cache = self._cache()
@@ -95,15 +102,19 @@ class Run:
         for batch in data.batches(self.rows, start, self.mesh):
             yield batch, held
 
-    def look(self, batch: Any, keys: jax.Array) -> tuple[augment.Views, jax.Array | None]:
-        """A batch as the models see it, and what a cache knows of it; inside `jit`."""
+    def look(self, batch: Any, keys: jax.Array) -> Seen:
+        """A batch as the models see it; inside `jit`."""
         (some, held), varied = batch, self.config.augment
         photos = some if self.resident is None else self.resident.take(held, some["item"])
         if self.cache is not None:
             keys, varied = cache.keys_of(self.cache.seed, some["item"]), self.cache.augment
-        size = self.config.image_size
-        views = augment.views(photos["photos"], photos["sizes"], keys, varied, size)
-        return views, some.get("embedding")
+        if self.photos.annotated:
+            varied = varied.alone()
+        of, size = (photos["sizes"], keys, varied), self.config.image_size
+        views, masks = augment.views(photos["photos"], *of, size), None
+        if self.photos.annotated:
+            masks = augment.masks(photos["masks"], *of, size, LOW_RES * self.task.student.grid)
+        return Seen(views, some.get("embedding"), masks)
 
     def state(self) -> State:
         """The state to go on from."""

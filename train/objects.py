@@ -124,6 +124,41 @@ def of_teacher(decode: Decode, size: Array, key: Array, count: int, low_res: int
     return Objects(prompts, target, jnp.arange(count) < half, counts)
 
 
+def of_annotations(masks: Array, size: Array, key: Array, count: int) -> Objects:
+    """Objects of one view, of its data's own masks.
+
+    Args:
+      masks: (k, m, m) bool, in the view; the empty ones are none.
+      size: (height, width) of the view.
+      key: random.
+      count: of prompts, even; where there are fewer objects, some are asked for again.
+    """
+    pick, place, shake = jax.random.split(key, 3)
+    seen = inside(size, masks.shape[-1])
+    masks = masks & seen
+    share = masks.sum((1, 2)) / seen.sum()
+    there = (share >= SHARE[0]) & (share <= SHARE[1])
+    # All of them once, in some order, then again.
+    order = jnp.argsort(jnp.where(there, jax.random.uniform(pick, there.shape), 2.0))
+    which = order[jnp.arange(count) % jnp.maximum(there.sum(), 1)]
+    target = masks[which]
+
+    half = count // 2
+    keys = jax.random.split(shake, half)
+    frames = jax.vmap(lambda mask, key: jittered(tight_box(mask), size, key))(target[:half], keys)
+    spots = jax.vmap(_somewhere)(target[half:], jax.random.split(place, count - half))
+    framed, pointed = boxes(frames, masks.shape[-1]), points(spots, masks.shape[-1])
+    prompts = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), framed, pointed)
+    return Objects(prompts, target, jnp.arange(count) < half, there[which])
+
+
+def _somewhere(mask: Array, key: Array) -> Array:
+    """The centre of a random cell of an (m, m) mask, (x, y) in frame pixels."""
+    score = jnp.where(mask, jax.random.uniform(key, mask.shape), -1)
+    row, column = jnp.unravel_index(jnp.argmax(score), mask.shape)
+    return LOW_RES * (jnp.stack([column, row]) + 0.5)
+
+
 def corrected(objects: Objects, logits: Array, choice: Array, seen: Array, key: Array) -> Objects:
     """The prompts with a click in what is wrong, and with the masks to start from.
 
@@ -140,10 +175,8 @@ def corrected(objects: Objects, logits: Array, choice: Array, seen: Array, key: 
     def click(logits: Array, target: Array, key: Array) -> tuple[Array, Array, Array]:
         missed, added = target & ~(logits > 0) & seen, ~target & (logits > 0) & seen
         wrong = jnp.where(missed.sum() >= added.sum(), missed, added)
-        score = jnp.where(wrong, jax.random.uniform(key, wrong.shape), -1)
-        row, column = jnp.unravel_index(jnp.argmax(score), wrong.shape)
-        place = LOW_RES * (jnp.stack([column, row]) + 0.5)
-        return place, target[row, column].astype(jnp.int32), wrong.any()
+        label = missed.sum() >= added.sum()
+        return _somewhere(wrong, key), label.astype(jnp.int32), wrong.any()
 
     places, labels, there = jax.vmap(click)(logits, objects.target, keys)
     prompts, last = objects.prompts, SLOTS - 1

@@ -200,9 +200,11 @@ def prepared(
 
     @jax.jit
     def sums(teacher: Sam, batch: Any, step: Any) -> dict[str, Any]:
-        views, taught = look(batch, keys_of(config.seed, step, config.batch))
-        embedding, features = (taught, {}) if taught is not None else teach(task, teacher, views)
-        inside = views.inside(side)
+        seen = look(batch, keys_of(config.seed, step, config.batch))
+        embedding, features = seen.taught, {}
+        if embedding is None:
+            embedding, features = teach(task, teacher, seen.views)
+        inside = seen.views.inside(side)
         maps = {**{n: pooled(x, side) for n, x in features.items()}, EMBEDDING: embedding}
         return {name: moments(x, inside) for name, x in maps.items()}
 

@@ -47,6 +47,20 @@ class State(NamedTuple):
     moments: dict[str, Moments]
 
 
+class Seen(NamedTuple):
+    """A batch as the models see it.
+
+    Attributes:
+      views: of the photographs.
+      taught: the teacher's embeddings, of a cache.
+      masks: (b, k, m, m) bool, the data's own, low-resolution.
+    """
+
+    views: augment.Views
+    taught: Any = None
+    masks: Any = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """What a step needs to know beside its arrays.
@@ -133,12 +147,11 @@ Measures = dict[str, Array]
 
 
 def stage_1(
-    task: Task, state: State, params: Arrays, teacher: Sam, seen: Any, keys: Array
+    task: Task, state: State, params: Arrays, teacher: Sam, seen: Seen, keys: Array
 ) -> tuple[Array, Measures, Arrays]:
     """Features: (loss, measures, statistics)."""
-    config = task.config
-    views, taught = seen
-    taught = teach(task, teacher, views) if taught is None else (taught, {})  # of a cache
+    config, views = task.config, seen.views
+    taught = teach(task, teacher, views) if seen.taught is None else (seen.taught, {})
     arrays = {**params, **state.frozen, **state.statistics}
     arrays = {name: x for name, x in arrays.items() if not name.startswith(PROJECTOR)}
     found = encode(task.student, arrays, views.pixels, dtype=config.dtype, remat=config.remat)
@@ -151,12 +164,13 @@ def stage_1(
 
 
 def stages_2_3(
-    task: Task, state: State, params: Arrays, teacher: Sam, seen: Any, keys: Array
+    task: Task, state: State, params: Arrays, teacher: Sam, seen: Seen, keys: Array
 ) -> tuple[Array, Measures, Arrays]:
     """Masks: (loss, measures, statistics)."""
     config, low_res = task.config, LOW_RES * task.student.grid
-    views, _ = seen
-    taught, _ = teach(task, teacher, views)
+    views, given = seen.views, seen.masks
+    if given is None:  # the teacher is asked for objects, with its own embedding
+        given, _ = teach(task, teacher, views)
     arrays = {**params, **state.frozen, **state.statistics}
     found = encode(task.student, arrays, views.pixels, dtype=config.dtype, remat=config.remat)
     model = weights.build(task.student, cast(arrays, config.dtype), folded=False)
@@ -165,14 +179,18 @@ def stages_2_3(
         asked = wanted.target, wanted.single, wanted.counts
         return losses.masks(logits, iou, *asked, inside, config.mask_loss)
 
-    def one(embedding: Array, target: Array, size: Array, key: Array) -> Any:
+    def objects_of(given: Array, size: Array, key: Array) -> objects.Objects:
+        if seen.masks is not None:
+            return objects.of_annotations(given, size, key, config.prompts)
+
+        def decode(prompts: Prompts) -> tuple[Array, Array]:
+            return teacher.decode(given.astype(config.dtype), prompts)
+
+        return objects.of_teacher(decode, size, key, config.prompts, low_res)
+
+    def one(embedding: Array, given: Array, size: Array, key: Array) -> Any:
         ask, click = jax.random.split(jax.random.fold_in(key, 8))
-
-        def by_teacher(prompts: Prompts) -> tuple[Array, Array]:
-            return teacher.decode(target.astype(config.dtype), prompts)
-
-        wanted = objects.of_teacher(by_teacher, size, ask, config.prompts, low_res)
-        wanted = jax.lax.stop_gradient(wanted)
+        wanted = jax.lax.stop_gradient(objects_of(given, size, ask))
         inside = objects.inside(size, low_res)
         logits, iou = model.decode(embedding.astype(config.dtype), wanted.prompts)
         rounds = [terms(logits, iou, wanted, inside)]
@@ -184,7 +202,7 @@ def stages_2_3(
             rounds.append(terms(logits, iou, wanted, inside))
         return rounds, wanted.counts.any()
 
-    rounds, asked = jax.vmap(one)(found.embedding, taught, views.size, keys)
+    rounds, asked = jax.vmap(one)(found.embedding, given, views.size, keys)
     _, weight = losses.PIXELS[config.mask_loss]
     measures: Measures = {}
     total = jnp.zeros(())
@@ -198,9 +216,9 @@ def stages_2_3(
 
 
 def update(
-    task: Task, state: State, teacher: Sam, seen: Any, keys: Array
+    task: Task, state: State, teacher: Sam, seen: Seen, keys: Array
 ) -> tuple[State, Measures]:
-    """One update from views (and, of a cache, embeddings): the new state and what was measured."""
+    """One update: the new state and what was measured."""
     config = task.config
     stage = stage_1 if config.stage == 1 else stages_2_3
 
@@ -248,7 +266,7 @@ def make_step(task: Task, look: Callable[..., Any], donate: bool = True) -> Any:
 
     Args:
       task: what to do.
-      look: (batch, keys) to (views, the teacher's embeddings or None).
+      look: (batch, keys) to `Seen`.
       donate: let the new state take the old one's memory.
     """
 

@@ -350,3 +350,28 @@ def test_shares_of_mixtures(share):
     found = owners(views(photos, sizes, keys(count), changed(**{share: 0.3}), CANVAS))
     mixed = np.mean([np.any(view != row % 8) for row, view in enumerate(found)])
     assert 0.1 <= mixed <= 0.5  # 0.3, within three and a half deviations
+
+
+def test_masks_lie_on_what_they_mask():
+    """A photograph that is white where its mask is: the view's mask is where the view is white."""
+    canvas, side, low = 96, 64, 16
+    shape = np.zeros((canvas, canvas), bool)
+    shape[16:60, 24:76] = True
+    photo = np.repeat(shape[..., None] * np.uint8(255), 3, axis=2)
+    small = shape.reshape(24, 4, 24, 4).mean((1, 3)) > 0.5
+    count = 24
+    sizes = np.array([[72, 96], [96, 80]] * (count // 2), np.int32)
+    photos = np.stack([photo] * count)
+    masks = np.stack([[small, np.zeros_like(small)]] * count).astype(np.uint8)
+    varied = Augment(colour=0, flip=0.5, whole=0.2).alone()
+    given = keys(count)
+    seen = augment.views(photos, sizes, given, varied, side)
+    got = np.asarray(augment.masks(masks, sizes, given, varied, side, low))
+    assert got.shape == (count, 2, low, low) and not got[:, 1].any()
+    white = levels(seen)[..., 0].reshape(count, low, 4, low, 4).mean((2, 4))
+    white = np.where(np.asarray(seen.inside(low)), white, 0)
+    sure = abs(white - 127.5) > 80  # away from the edge
+    assert sure.mean() > 0.7
+    assert (got[:, 0] == (white > 127.5))[sure & np.asarray(seen.inside(low))].all()
+    shares = got[:, 0].mean((1, 2))
+    assert shares.min() < shares.max() / 2  # the crops do differ

@@ -2,11 +2,6 @@ from train import cache
 from train.config import Augment
 
 
-def test_a_cached_view_shows_one_photograph():
-    varied = Augment(mosaic=0.5, paste=0.5, colour=0.2)
-    assert cache.alone(varied) == Augment(mosaic=0, paste=0, colour=0.2)
-
-
 def test_a_manifest_comes_back_from_json_as_it_was():
     manifest = cache.Manifest(
         teacher="t",

@@ -10,6 +10,7 @@ from samlight_jax.errors import InputError
 from tests.train import runs
 from train import data, sharding
 from train.config import Mesh
+from train.evaluate_tiny import tiny_data
 
 
 @pytest.fixture
@@ -123,3 +124,26 @@ def test_a_truncated_tar_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:520])
     with pytest.raises(InputError):
         data.Photos([str(path)], [], 8, max_bad=0)[0]
+
+
+def test_annotated_photographs_bring_their_masks(tmp_path):
+    tiny_data(tmp_path / "set")
+    photos = data.Photos([f"coco:{tmp_path / 'set'}"], [], 64, annotated=True)
+    assert len(photos) == 4
+    for i in range(4):
+        one = photos[i]
+        masks, (height, width) = one["masks"], one["sizes"]
+        assert masks.shape == (data.MASKS, 16, 16) and set(np.unique(masks)) == {0, 1}
+        assert masks[:2].any((1, 2)).all() and not masks[2:].any()
+        assert not masks[:, -(-height // 4) :].any() and not masks[:, :, -(-width // 4) :].any()
+        # The ellipses are bright, the rest is dark.
+        bright = (one["photos"].max(axis=2) > 125).reshape(16, 4, 16, 4).mean((1, 3))
+        sure = abs(bright - 0.5) > 0.3  # not on an edge
+        sure[height // 4 :], sure[:, width // 4 :] = False, False
+        assert sure.sum() > 30
+        assert np.array_equal((bright > 0.5)[sure], masks[:2].any(0)[sure])
+
+
+def test_photographs_without_annotations_are_left_out_where_masks_are_wanted(folder):
+    with pytest.raises(InputError, match="No annotated photograph is left"):
+        data.Photos([str(folder)], [], 64, annotated=True)

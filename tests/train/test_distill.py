@@ -12,6 +12,7 @@ import samlight_jax
 from samlight_jax import weights
 from tests.train import runs
 from train import distill
+from train.evaluate_tiny import tiny_data
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +166,18 @@ def test_stages_chain(folder):
         assert max(x for n, x in far.items() if n.startswith("mask_decoder.")) > 0
         assert max(x for n, x in far.items() if n.startswith("image_encoder.")) > 0
         before = out
+
+
+def test_learns_the_datas_own_masks(folder):
+    tiny_data(folder / "set")
+    flags = {"data": f"coco:{folder / 'set'}", "targets": "annotations", "stage": 3}
+    out = folder / "annotated"
+    code, said = runs.run(folder, out=out, init_from=folder / "whole", steps=4, **flags)
+    assert code == 0, said
+    rows = runs.metrics(out)
+    assert len(rows) == 4 and all(row["dice_1"] > 0 for row in rows)
+    code, said = runs.run(folder, out=out, steps=4, **flags | {"stage": 1})
+    assert code == 2 and "targets='annotations' is for 2 and 3" in said, said
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(folder):

@@ -317,3 +317,26 @@ def test_prompts_and_answers_are_a_users():
         for a, b in zip(got, want, strict=True):
             assert np.std(b) > 0.01
             np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_annotated_objects_all_come_before_any_comes_again():
+    masks = np.zeros((5, LOW_RES, LOW_RES), bool)
+    for i in range(3):
+        masks[i, 4 * i : 4 * i + 4, 2:9] = True
+    masks[3, 0, 0] = True  # too small a share
+    size = np.array([4 * LOW_RES, 4 * LOW_RES])
+    found = jax.jit(objects.of_annotations, static_argnums=3)(masks, size, key(), 6)
+    names = [int(np.flatnonzero((masks == t).all((1, 2)))[0]) for t in np.asarray(found.target)]
+    assert sorted(names[:3]) == sorted(names[3:]) == [0, 1, 2]
+    assert found.counts.all() and found.single.tolist() == [True] * 3 + [False] * 3
+    for q in range(3, 6):
+        x, y = np.asarray(found.prompts.coords[q, 0]) / 4
+        assert found.target[q, int(y), int(x)]
+        assert found.prompts.labels[q, 0] == 1
+
+
+def test_a_view_without_annotated_objects_asks_for_nothing():
+    nothing = np.zeros((5, LOW_RES, LOW_RES), bool)
+    found = objects.of_annotations(nothing, np.array([4 * LOW_RES, 4 * LOW_RES]), key(), 4)
+    assert not found.counts.any()
+    assert all(np.isfinite(x).all() for x in found.prompts[:1])

@@ -7,7 +7,7 @@ from samlight_jax.errors import InputError
 from tests.train import runs
 from train import augment, start
 from train.config import TrainConfig
-from train.step import EMBEDDING, teach
+from train.step import EMBEDDING, Seen, teach
 
 SMALL = {
     **{"width": 32, "depth": 2, "heads": 2, "image_size": 64, "canvas": 64, "batch": 2},
@@ -61,14 +61,14 @@ def test_moments_are_those_of_the_teachers_embedding(teacher):
     sizes = np.array([[64, 64], [30, 64]], np.int32)
 
     def look(batch, keys):
-        return augment.views(batch, sizes, keys, None, 64), None
+        return Seen(augment.views(batch, sizes, keys, None, 64))
 
     model = begins.teacher
     found = start.prepared(begins.task, model, look, iter(photos))
     assert found.keys() == {EMBEDDING, "blocks.0", "blocks.1"}
     tokens = []
     for some in photos[: start.SAMPLE // 2]:
-        views, _ = look(some, jax.random.split(jax.random.key(0), 2))
+        views = look(some, jax.random.split(jax.random.key(0), 2)).views
         embedding, _ = teach(begins.task, model, views)
         tokens.append(np.asarray(embedding, np.float64)[np.asarray(views.inside(4))])
     tokens = np.concatenate(tokens)
