@@ -70,9 +70,9 @@ class Options:
     Attributes:
       root: its folders are the sets, each with annotations.json and images.
       model: a model file, or the name of one in the cache folder.
-      protocols: some of those that have a name; all by default.
+      protocols: names of `PROTOCOLS`, such as box or point-dt-oracle; all by default.
       sets: some of the root's folders; all by default.
-      work: folder of the reports.
+      work: folder of the reports; one for each model and kind of device.
       output: the JSON; the picture is written beside it. By default both go to the repository.
       tiny: a tiny random model on synthetic sets; without --output nothing is kept.
     """
@@ -81,7 +81,7 @@ class Options:
     model: str = DEFAULT
     protocols: tuple[str, ...] = ()
     sets: tuple[str, ...] = ()
-    work: Path = Path("evaluation")
+    work: Path = Path("report/evaluation")
     output: Path | None = None
     tiny: bool = False
 
@@ -132,14 +132,15 @@ def measure(options: Options) -> None:
         )
     sets = _chosen(options.sets, found, "--sets")
     path, picture = _outputs(options)
-    values, theirs = _read(path) or {}, _independent(options)
+    values, theirs = _read(path), _independent(options)
     for name in names:
         for each in sets:
             report = _evaluate(options, options.root / each, name)
             kept = len(values.get("rows", ()))
             values, dropped = add(values, name, each, report, theirs)
             if dropped:
-                print(f"{path}: {dropped} of {kept} rows were of another model, version or data.")
+                what = "of another model, version, data set or protocol, and are left out"
+                print(f"{path}: {dropped} of {kept} rows are {what}.")
             write_whole(path, lambda scratch, values=values: scratch.write_text(text(values)))
             print(f"{each}, {name}: mIoU {report['results']['miou']['value']:.4f}", flush=True)
     plot(values, picture)
@@ -161,20 +162,23 @@ def _outputs(options: Options) -> tuple[Path, Path]:
     return RESULTS / f"evaluation_{name}.json", IMAGES / picture
 
 
-def _read(path: Path) -> Any:
-    """A JSON file; None where there is none."""
+def _read(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; nothing where there is none."""
     if not path.exists():
-        return None
+        return {}
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except ValueError as error:
         raise InputError(f"{path} is no JSON ({error}); remove it or make it whole.") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds a {type(found).__name__}; expected an object; remove it.")
+    return found
 
 
-def _independent(options: Options) -> Any:
+def _independent(options: Options) -> dict[str, Any]:
     """What another program found for the same model, if it lies beside the data."""
     assert options.root is not None
-    return _read(options.root.resolve().parent / f"teacher_{Path(options.model).stem}.json") or {}
+    return _read(options.root.resolve().parent / f"teacher_{Path(options.model).stem}.json")
 
 
 def _evaluate(options: Options, folder: Path, name: str) -> dict[str, Any]:
@@ -189,8 +193,11 @@ def _evaluate(options: Options, folder: Path, name: str) -> dict[str, Any]:
         tiny=options.tiny,
         **{"metric": ("miou", "boundary"), **PROTOCOLS[name]},
     )
-    with contextlib.redirect_stdout(io.StringIO()):  # report.md, which lies in `out`
-        evaluate.evaluate(asked)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # report.md, which lies in `out`
+            evaluate.evaluate(asked)
+    except InputError as error:
+        raise InputError(f"{folder.name}, {name}: {error} (Its --out is in --work.)") from None
     return json.loads((out / "report.json").read_text())
 
 
@@ -272,7 +279,12 @@ def by_side(instances: Sequence[Mapping[str, Any]]) -> list[list[float]]:
     for each in instances:
         groups.setdefault(int(np.floor(np.log2(max(each["area"], 1)))), []).append(each["iou"])
     return [
-        [round(2 ** ((k + 0.5) / 2), 2), len(g), round(np.mean(g), 6), round(np.std(g), 6)]
+        [
+            round(2 ** ((k + 0.5) / 2), 2),
+            len(g),
+            round(float(np.mean(g)), 6),
+            round(float(np.std(g)), 6),
+        ]
         for k, g in sorted(groups.items())
     ]
 
@@ -303,9 +315,9 @@ def against(
     size = np.abs(differences)
     return {
         "n": len(values),
-        "value": round(np.mean(values), 6),
-        "difference": round(np.mean(differences), 6),
-        "largest": round(size.max(), 6),
+        "value": round(float(np.mean(values)), 6),
+        "difference": round(float(np.mean(differences)), 6),
+        "largest": round(float(size.max()), 6),
         "beyond": int((size > NEAR).sum()),
         "other_points": other_points,
     }
@@ -321,6 +333,8 @@ def text(values: Mapping[str, Any]) -> str:
 def plot(values: Mapping[str, Any], path: Path) -> None:
     """Draws the mean IoU of all sets' instances against their size, with its 95 % interval.
 
+    Of the protocols that every set has.
+
     Args:
       values: of the JSON.
       path: of the PNG.
@@ -329,17 +343,18 @@ def plot(values: Mapping[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(7.2, 4.3), layout="constrained")
     axes = figure.subplots()
+    sets = len(values["data"])
     for name, (label, colour) in DRAWN.items():
         rows = [row for row in values["rows"] if row["protocol"] == name]
         side, mean, error = pooled([each for row in rows for each in row["sides"]])
-        if len(side):
+        if len(side) and len(rows) == sets:
             axes.plot(side, mean, color=colour, marker="o", markersize=3.5, label=label)
             low, high = mean - 1.96 * error, mean + 1.96 * error
             axes.fill_between(side, low, high, color=colour, alpha=0.15, linewidth=0)
     for edge in (32, 96):
         axes.axvline(edge, color="0.7", linewidth=1, linestyle="--")
-    sets = len({row["set"] for row in values["rows"]})
-    axes.set_title(f"{values['model']['name']}, all {sets} sets", loc="left", fontsize=10)
+    title = f"{values['model']['name']}, {sets} sets together; dashed: COCO's area classes"
+    axes.set_title(title, loc="left", fontsize=10)
     axes.set(xlabel="square root of the area, pixels", ylabel="mean IoU", ylim=(0, 1))
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")

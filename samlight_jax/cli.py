@@ -26,6 +26,7 @@ from samlight_jax.build_sam import cache_folder, find
 from samlight_jax.config import PRESETS, Pattern, ViTConfig
 from samlight_jax.draw import overlay
 from samlight_jax.errors import InputError, exit_on_error
+from samlight_jax.export import export
 from samlight_jax.predictor import SamPredictor
 from samlight_jax.preprocess import as_array
 
@@ -288,7 +289,7 @@ def main() -> None:
         print(f"warning: {message}", file=sys.stderr)
 
     warnings.showwarning = warn
-    commands = {"predict": predict, "models": models, "info": info, "doctor": doctor}
+    commands = dict(predict=predict, export=export, models=models, info=info, doctor=doctor)
     exit_on_error(
         lambda: tyro.extras.subcommand_cli_from_dict(
             commands, prog="samlight", description="Segment Anything, made light, in JAX."

@@ -48,6 +48,40 @@ def rows_of(values):
     return [(row["protocol"], row["set"]) for row in values["rows"]]
 
 
+def test_what_is_asked_of_train_evaluate(options, monkeypatch, capsys):
+    asked = []
+
+    def faked(its):
+        asked.append(its)
+        its.protocol()
+        its.out.mkdir(parents=True)
+        prompt = {"prompt": its.prompt, "data": its.root[0]}
+        (its.out / "report.json").write_text(json.dumps(made(instance(1, 50.0, 0.5), **prompt)))
+
+    monkeypatch.setattr(evaluate, "evaluate", faked)
+    (options.root.parent / "teacher_tiny.json").write_text(
+        json.dumps({"second": [{"image": "a.jpg", "ann": 1, "point": [0, 0], "iou_box": 0.75}]})
+    )
+    measure(dataclasses.replace(options, protocols=("box-refine-3", "box")))
+    sets = [str(options.root / name) for name in ("first", "second")]
+    assert [(its.refine, *its.root) for its in asked] == [
+        (k, each) for k in (0, 3) for each in sets
+    ]
+    assert {(its.model, its.data, its.pictures, its.tiny) for its in asked} == {
+        ("tiny", "coco", 0, True)
+    }
+    assert [its.metric for its in asked][::2] == [("miou", "boundary", "ap"), ("miou", "boundary")]
+    rows = json.loads(options.output.read_text())["rows"]
+    assert [row.get("independent", {}).get("difference") for row in rows] == [
+        None,
+        -0.25,
+        None,
+        None,
+    ]
+    assert "second, box-refine-3: mIoU 0.5000" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_every_set_and_protocol_is_evaluated_once(options, capsys, monkeypatch):
     measure(options)
     values = json.loads(options.output.read_text())
@@ -96,6 +130,17 @@ def test_a_folder_without_sets_and_a_broken_json_are_refused(options, tmp_path):
     options.output.parent.mkdir()
     options.output.write_text('{"rows": [')
     with pytest.raises(InputError, match=r"tiny\.json is no JSON"):
+        measure(options)
+    options.output.write_text("[]")
+    with pytest.raises(InputError, match=r"tiny\.json holds a list"):
+        measure(options)
+
+
+def test_another_evaluation_in_the_work_folder_is_refused(options):
+    out = options.work / "first" / "box"
+    out.mkdir(parents=True)
+    (out / "partial.jsonl").write_text("{}\n")
+    with pytest.raises(InputError, match=r"first, box: .* another evaluation .* in --work"):
         measure(options)
 
 
