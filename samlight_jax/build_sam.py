@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import jax
 from flax import nnx
 
 from samlight_jax import weights
@@ -41,6 +42,15 @@ def cache_folder() -> Path:
     if folder := os.environ.get("SAMLIGHT_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "samlight"
+
+
+def keep_compilations() -> None:
+    """A program's second run finds what its first compiled, in the cache folder.
+
+    JAX_COMPILATION_CACHE_DIR says otherwise.
+    """
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
 
 
 def find(name_or_path: str | os.PathLike[str]) -> Path:

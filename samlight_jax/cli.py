@@ -6,7 +6,6 @@ import collections
 import importlib.metadata
 import json
 import math
-import os
 import sys
 import time
 import warnings
@@ -22,7 +21,7 @@ from rich.progress import track
 
 from samlight_jax import weights
 from samlight_jax.attention import backends
-from samlight_jax.build_sam import cache_folder, find
+from samlight_jax.build_sam import cache_folder, find, keep_compilations
 from samlight_jax.config import PRESETS, Pattern, ViTConfig
 from samlight_jax.draw import overlay
 from samlight_jax.errors import InputError, exit_on_error
@@ -69,7 +68,7 @@ def predict(
     if output and len(images) > 1 and len({image.stem for image in images}) < len(images):
         raise InputError("Two photographs have the same name; --output would overwrite one.")
 
-    _keep_compilations()
+    keep_compilations()
     predictor = SamPredictor(model)
     rows, failures = [], []
     for image in _progress(images):
@@ -90,12 +89,6 @@ def predict(
     if failures:
         sentences = "; ".join(failures)
         raise InputError(f"{len(failures)} of {len(images)} photographs failed: {sentences}")
-
-
-def _keep_compilations() -> None:
-    """A second run finds what the first compiled; JAX_COMPILATION_CACHE_DIR says otherwise."""
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
 
 
 def _segment(

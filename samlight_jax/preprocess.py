@@ -147,7 +147,7 @@ def _read(path: Path) -> np.ndarray:
         ) from None
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    except Exception as error:  # on damaged bytes Pillow also raises AttributeError, struct.error ...
+    except Exception as error:  # Pillow raises what it likes: AttributeError, struct.error ...
         raise InputError(f"{path} is damaged or unreadable ({error}).") from None
 
 

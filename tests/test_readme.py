@@ -52,7 +52,7 @@ def test_the_python_blocks_run_and_print_what_they_say(folder, capsys):
 
 
 def test_the_command_lines_run(folder, monkeypatch):
-    monkeypatch.setattr(cli, "_keep_compilations", lambda: None)
+    monkeypatch.setattr(cli, "keep_compilations", lambda: None)
     commands = [line for block in blocks("sh") for line in block.splitlines()]
     commands = [shlex.split(line) for line in commands if line.startswith("samlight ")]
     assert len(commands) >= 4

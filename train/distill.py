@@ -25,6 +25,7 @@ import tyro
 from rich.console import Console
 
 from samlight_jax import weights
+from samlight_jax.build_sam import keep_compilations
 from samlight_jax.errors import InputError, exit_on_error
 from samlight_jax.postprocess import LOW_RES
 from train import augment, cache, checkpoint, data, sharding, sheet
@@ -266,6 +267,7 @@ def join(config: TrainConfig) -> None:
 
 def distil(config: TrainConfig) -> None:
     """Runs one stage; SIGTERM and Ctrl-C make it save and end."""
+    keep_compilations()
     join(config)
     run = Run(config)
 

@@ -8,7 +8,6 @@ given again. `--compare A.json B.json` sets two reports beside each other.
 from __future__ import annotations
 
 import dataclasses
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -31,7 +30,7 @@ from rich.text import Text
 
 import samlight_jax
 from samlight_jax import weights
-from samlight_jax.build_sam import cache_folder
+from samlight_jax.build_sam import keep_compilations
 from samlight_jax.errors import InputError, exit_on_error
 from samlight_jax.sam import Sam
 from train import compare, report
@@ -93,8 +92,7 @@ def _main() -> None:
     if options.compare is not None:
         print(compare.table(*options.compare))
         return
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+    keep_compilations()
     if not options.tiny:
         evaluate(options)
         return

@@ -37,7 +37,7 @@ def run(folder, monkeypatch, capsys):
     monkeypatch.setenv("SAMLIGHT_CACHE", str(folder))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(cli, "_keep_compilations", lambda: None)
+    monkeypatch.setattr(cli, "keep_compilations", lambda: None)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["samlight", *map(str, arguments)])

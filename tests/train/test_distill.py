@@ -229,6 +229,7 @@ SENTENCES = {
 @pytest.mark.parametrize("name", SENTENCES)
 def test_refuses_in_one_sentence(folder, name, monkeypatch, capsys):
     flags, sentence = SENTENCES[name]
+    monkeypatch.setattr(distill, "keep_compilations", lambda: None)
     monkeypatch.setattr("sys.argv", runs.command(folder, out=folder / "refused", **flags)[2:])
     with pytest.raises(SystemExit) as ended:
         distill.main()
