@@ -12,6 +12,7 @@ from PIL import Image
 
 from samlight_jax.errors import InputError
 from train.annotations import open_dataset
+from train.data import Photos
 
 tfds = pytest.importorskip("tensorflow_datasets")
 
@@ -209,3 +210,18 @@ def test_tensorflow_is_not_imported(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "(20, 30, 3) False"
+
+
+def test_training_reads_a_copy_with_its_masks(tmp_path, monkeypatch):
+    prepare(tmp_path, "lvis")
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    photos = Photos(["tfds:lvis@validation"], [], 40, annotated=True)
+    assert len(photos) == len(SIZES)
+    for i in range(len(SIZES)):
+        one = photos[i]
+        height, width = SIZES[i]
+        assert one["sizes"].tolist() == [height, width]
+        stored = Image.open(io.BytesIO(encoded(photograph(i), "jpeg")))
+        assert np.array_equal(one["photos"][:height, :width], np.asarray(stored))
+        rows = np.flatnonzero(one["masks"][0].any(1))
+        assert rows.tolist() in ([1], [0, 1])  # 2 to 5 of the photograph's
