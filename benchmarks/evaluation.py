@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import io
 import json
-import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ import numpy as np
 import tyro
 
 from benchmarks.report import OUT_OF_DOMAIN, by_set, markdown
-from samlight_jax.build_sam import DEFAULT, cache_folder
+from samlight_jax.build_sam import DEFAULT, keep_compilations
 from samlight_jax.errors import InputError, exit_on_error
 from samlight_jax.weights import write_whole
 from train import evaluate
@@ -94,8 +93,7 @@ def main() -> None:
 def _main() -> None:
     options = tyro.cli(Options)
     jax.config.update("jax_default_matmul_precision", "highest")  # a GPU would take TF32
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+    keep_compilations()
     if not options.tiny:
         measure(options)
         return
@@ -365,7 +363,7 @@ def plot(values: Mapping[str, Any], path: Path) -> None:
         axes.legend(frameon=False, fontsize=9, loc="lower right")
     metadata = {"Software": None}  # the same values, the same file
     write_whole(
-        path, lambda scratch: figure.savefig(scratch, format="png", dpi=120, metadata=metadata)
+        path, lambda scratch: figure.savefig(scratch, format="png", dpi=110, metadata=metadata)
     )
 
 
