@@ -5,6 +5,7 @@
 ...     "photo.jpg", point_coords=[[520, 380]], point_labels=[1])  # doctest: +SKIP
 """
 
+from samlight_jax.automatic_mask_generator import SamAutomaticMaskGenerator
 from samlight_jax.build_sam import build_sam, load, sam_model_registry
 from samlight_jax.config import PRESETS, Pattern, SamConfig, TinyViTConfig, ViTConfig
 from samlight_jax.errors import InputError
@@ -19,6 +20,7 @@ __all__ = [
     "InputError",
     "Pattern",
     "Sam",
+    "SamAutomaticMaskGenerator",
     "SamConfig",
     "SamPredictor",
     "TinyViTConfig",

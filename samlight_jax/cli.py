@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import track
 
 from samlight_jax import weights
+from samlight_jax.amg_cli import amg
 from samlight_jax.attention import backends
 from samlight_jax.build_sam import cache_folder, find, keep_compilations
 from samlight_jax.config import PRESETS, Pattern, ViTConfig
@@ -282,7 +283,9 @@ def main() -> None:
         print(f"warning: {message}", file=sys.stderr)
 
     warnings.showwarning = warn
-    commands = dict(predict=predict, export=export, models=models, info=info, doctor=doctor)
+    commands = dict(
+        predict=predict, amg=amg, export=export, models=models, info=info, doctor=doctor
+    )
     exit_on_error(
         lambda: tyro.extras.subcommand_cli_from_dict(
             commands, prog="samlight", description="Segment Anything, made light, in JAX."

@@ -17,7 +17,18 @@ MAY_IMPORT = {  # each package, and what of ours and of the heavy libraries it m
         *("grain", "optax", "orbax", "rich", "tyro", "pycocotools", "cv2", "matplotlib"),
         *("tensorflow_datasets", "tensorboardX", "array_record", "ml_dtypes"),
     },
-    "convert": {"convert", "samlight_jax", "numpy", "onnx", "torch", "safetensors", "tyro"},
+    "convert": {
+        *(
+            "convert",
+            "samlight_jax",
+            "numpy",
+            "onnx",
+            "onnxruntime",
+            "torch",
+            "safetensors",
+            "tyro",
+        ),
+    },
 }
 STANDARD = __import__("sys").stdlib_module_names
 

@@ -54,7 +54,9 @@ def test_the_python_blocks_run_and_print_what_they_say(folder, capsys):
 def test_the_command_lines_run(folder, monkeypatch):
     monkeypatch.setattr(cli, "keep_compilations", lambda: None)
     commands = [line for block in blocks("sh") for line in block.splitlines()]
-    commands = [shlex.split(line) for line in commands if line.startswith("samlight ")]
+    # amg and export have tests of their own: what they do to a whole photograph takes minutes.
+    quick = ("samlight predict", "samlight models", "samlight info")
+    commands = [shlex.split(line) for line in commands if line.startswith(quick)]
     assert len(commands) >= 4
     for command in commands:
         monkeypatch.setattr(sys, "argv", command)
