@@ -97,7 +97,8 @@ def _sheet(
     left_name = "teacher" if name != "IoU" else "truth"
     for band, each in found.items():
         pen.text((2 * GAP, top + HEADING // 2), band, INK, ImageFont.load_default(22), anchor="lm")
-        what = f"left: {left_name}, right: prediction; green: the prompt, red: background clicks"
+        what = f"left: {left_name}, right: prediction; green: the prompt"
+        what += ", red: background clicks" * bool(evaluator.engine.protocol.refine)
         pen.text((120, top + HEADING // 2), what, PALE, ImageFont.load_default(14), anchor="lm")
         for i, (value, photo, instance) in enumerate(each):
             x = GAP + i % COLUMNS * cell[0]
