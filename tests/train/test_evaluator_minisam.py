@@ -8,7 +8,7 @@ import pytest
 import samlight_jax
 from samlight_jax.preprocess import Frame, host_pixels
 from tests.oracles import shared
-from tests.train.test_evaluator import instances_of
+from tests.train.test_evaluator import instances_of, iou
 from train.annotations import open_dataset
 from train.evaluator import Evaluator
 from train.metrics import mean_interval
