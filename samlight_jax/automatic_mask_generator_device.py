@@ -148,12 +148,10 @@ def _decode(
     model: Sam, embedding: Float[Array, "h w 256"], points: Float[Array, "p 2"]
 ) -> tuple[Float[Array, "p 3 n n"], Float[Array, "p 3"]]:
     """Foreground points of the frame, each with SAM's pad point, to the multimask output."""
-    p, side = len(points), LOW_RES * embedding.shape[0]
+    p = len(points)
     coords = jnp.stack([points, jnp.zeros_like(points)], axis=1)
     labels = jnp.broadcast_to(jnp.array([1, -1]), (p, 2))
-    # Constants: the compiler drops the mask prompt's convolutions.
-    no_mask = jnp.zeros((p, side, side)), jnp.zeros(p, bool)
-    logits, iou = model.decode(embedding, Prompts(coords, labels, jnp.ones((p, 2), bool), *no_mask))
+    logits, iou = model.decode(embedding, Prompts(coords, labels, jnp.ones((p, 2), bool)))
     return logits[:, 1:].astype(jnp.float32), iou[:, 1:].astype(jnp.float32)
 
 

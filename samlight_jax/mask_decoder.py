@@ -18,28 +18,30 @@ MASKS = 4  # the single mask, then the three of the multimask output
 
 
 class ConvTranspose(nnx.Module):
-    """A transposed 2x2 convolution of stride 2: every token becomes four, by one product."""
+    """A transposed 2x2 convolution of stride 2: every token becomes 2x2, by one product."""
 
     def __init__(self, before: int, after: int, *, rngs: nnx.Rngs):
         init = nnx.initializers.lecun_normal(in_axis=0, out_axis=(1, 2, 3))
         self.kernel = nnx.Param(init(rngs.params(), (before, 2, 2, after)))
         self.bias = nnx.Param(jnp.zeros(after))
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
-        b, h, w, _ = x.shape
-        y = jnp.einsum("bhwc,cyxd->bhywxd", x, self.kernel[...])
-        return y.reshape(b, 2 * h, 2 * w, -1) + self.bias[...]
+    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b 2 2 d"]:
+        return jnp.tensordot(x, self.kernel[...], 1) + self.bias[...]
 
 
 class OutputUpscaling(nnx.Module):
-    """Image tokens to four times their resolution."""
+    """Image tokens to four times their resolution, each token's pixels side by side.
+
+    No map is put in rows before it is a mask: one moves an eighth of the numbers.
+    """
 
     def __init__(self, *, rngs: nnx.Rngs):
         self.conv1 = ConvTranspose(EMBEDDING, EMBEDDING // 4, rngs=rngs)
         self.norm1 = layer_norm(EMBEDDING // 4, 1e-6, rngs=rngs)
         self.conv2 = ConvTranspose(EMBEDDING // 4, EMBEDDING // 8, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b h w 256"]) -> Float[Array, "b y x 32"]:
+    def __call__(self, x: Float[Array, "*b 256"]) -> Float[Array, "*b 2 2 2 2 32"]:
+        """Each token's halves by rows and columns, and theirs."""
         return gelu(self.conv2(gelu(self.norm1(self.conv1(x)))))
 
 
@@ -73,22 +75,27 @@ class MaskDecoder(nnx.Module):
         embedding: Float[Array, "h w 256"],
         image_pe: Float[Array, "h w 256"],
         sparse: Float[Array, "q n 256"],
-        dense: Float[Array, "q h w 256"],
+        dense: Float[Array, "#q h w 256"],
         valid: Bool[Array, "q n"],
     ) -> tuple[Float[Array, "q 4 y x"], Float[Array, "q 4"]]:
-        """One image's embedding and q prompts to (low-resolution logits, predicted IoU)."""
-        q, h, w, c = dense.shape
+        """One image's embedding and q prompts to (low-resolution logits, predicted IoU).
+
+        `dense` is one for all prompts where none has a mask.
+        """
+        q, (_, h, w, c) = len(sparse), dense.shape
         own = jnp.concatenate([self.iou_token.embedding[...], self.mask_tokens.embedding[...]])
         tokens = jnp.concatenate([jnp.broadcast_to(own, (q, *own.shape)), sparse], axis=1)
         valid = jnp.concatenate([jnp.ones((q, len(own)), bool), valid], axis=1)
 
-        image = (embedding + dense).reshape(q, h * w, c)
+        image = (embedding + dense).reshape(-1, h * w, c)
         pe = image_pe.astype(image.dtype).reshape(h * w, c)
         tokens, image = self.transformer(image, pe, tokens, valid)
 
-        upscaled = self.output_upscaling(image.reshape(q, h, w, c))
+        upscaled = self.output_upscaling(image)
         weights = jnp.stack(
             [mlp(tokens[:, 1 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)], axis=1
         )
-        logits = jnp.einsum("qmc,qyxc->qmyx", weights, upscaled)
+        logits = jnp.einsum("qmc,qpc->qmp", weights, upscaled.reshape(q, -1, upscaled.shape[-1]))
+        logits = jnp.einsum("qmhwyxvu->qmhyvwxu", logits.reshape(q, MASKS, h, w, 2, 2, 2, 2))
+        logits = logits.reshape(q, MASKS, 4 * h, 4 * w)
         return logits, self.iou_prediction_head(tokens[:, 0])

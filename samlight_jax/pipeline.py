@@ -311,7 +311,8 @@ def predict_many(
     host = host and not isinstance(low_res, Tracer)
     # A row without any prompt is padding: no mask, and no faith in it.
     xp = np if host else jnp
-    present = (prompts.valid.any(axis=-1) | prompts.has_mask)[:, :count]
+    present = prompts.valid.any(axis=-1)
+    present = (present if prompts.masks is None else present | prompts.has_mask)[:, :count]
     low_res = xp.where(present[..., None, None, None], low_res[:, :count], ABSENT_LOGIT)
     iou = xp.where(present[..., None], iou[:, :count], 0)
     results = [
@@ -342,9 +343,10 @@ def _batch_prompts(
         rows = [None if x is None else x[i] for x in given]
         prompts_.check(frame, model.config, *rows, absent=True)
         one = prompts_.assemble(frame, model.config, count, *rows, absent=True)
-        if padded > count:
-            fill = ((0, padded - count),)
-            one = Prompts(*(np.pad(x, fill + ((0, 0),) * (x.ndim - 1)) for x in one))
-        each.append(one)
+        each.append(_filled(one, padded - count) if padded > count else one)
     xp = np if prompts_.is_host(*given) else jnp
-    return Prompts(*(xp.stack(column) for column in zip(*each, strict=True)))
+    return jax.tree.map(lambda *rows: xp.stack(rows), *each)
+
+
+def _filled(prompts: Prompts, more: int) -> Prompts:
+    return jax.tree.map(lambda x: np.pad(x, ((0, more), *((0, 0),) * (x.ndim - 1))), prompts)

@@ -60,16 +60,21 @@ class PromptEncoder(nnx.Module):
 
     def __call__(
         self, prompts: Prompts
-    ) -> tuple[Float[Array, "q n 256"], Float[Array, "q h w 256"]]:
-        """Prompts of shape (q, n) to sparse and dense embeddings, one for each of q."""
+    ) -> tuple[Float[Array, "q n 256"], Float[Array, "#q h w 256"]]:
+        """Prompts of shape (q, n) to sparse and dense embeddings, one for each of q.
+
+        Without masks all have the same dense embedding, and there is one.
+        """
         points = self.pe_layer((prompts.coords + 0.5) / self.image_size)  # to the pixel's centre
         kinds = jnp.concatenate([e.embedding[...] for e in self.point_embeddings])
         points = points.astype(kinds.dtype) + kinds[jnp.maximum(prompts.labels, 0)]
         nothing = self.not_a_point_embed.embedding[...][0]  # replaces the position, as in SAM
         sparse = jnp.where((prompts.labels == -1)[..., None], nothing, points)
 
-        masks = self.mask_downscaling(prompts.masks[..., None].astype(kinds.dtype))
         no_mask = self.no_mask_embed.embedding[...][0]
+        if prompts.masks is None:
+            return sparse, jnp.broadcast_to(no_mask, (1, self.grid, self.grid, EMBEDDING))
+        masks = self.mask_downscaling(prompts.masks[..., None].astype(kinds.dtype))
         dense = jnp.where(prompts.has_mask[:, None, None, None], masks, no_mask)
         return sparse, dense
 

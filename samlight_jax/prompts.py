@@ -33,15 +33,16 @@ class Prompts(NamedTuple):
       coords: (q, n, 2) float32, x then y, frame pixels.
       labels: (q, n) int32, of `LABELS`.
       valid: (q, n) bool, the slots that hold a token.
-      masks: (q, m, m) float32 low-resolution logits, zeros where there is none.
-      has_mask: (q,) bool.
+      masks: (q, m, m) float32 low-resolution logits, zeros where there is none; None where no
+        prompt has one, which is the faster program.
+      has_mask: (q,) bool, or None.
     """
 
     coords: Any
     labels: Any
     valid: Any
-    masks: Any
-    has_mask: Any
+    masks: Any = None
+    has_mask: Any = None
 
 
 def is_host(*arrays: Any) -> bool:
@@ -191,14 +192,12 @@ def assemble(
     rest = xp.zeros((count, free, 2), xp.float32)
     coords, labels, valid = _append(xp, (coords, labels, valid), rest, -1, ~present[:, None])
 
-    side = LOW_RES * config.grid
-    has_mask = ~present if masks is None else present
+    slots = coords.astype(xp.float32), labels.astype(xp.int32), valid
     if masks is None:
-        masks = xp.zeros((count, side, side), xp.float32)
-    elif absent:
-        has_mask = ~(masks == ABSENT).all(axis=(-2, -1))
-    masks = masks.reshape(count, side, side).astype(xp.float32)
-    return Prompts(coords.astype(xp.float32), labels.astype(xp.int32), valid, masks, has_mask)
+        return Prompts(*slots)
+    has_mask = ~(masks == ABSENT).all(axis=(-2, -1)) if absent else present
+    side = LOW_RES * config.grid
+    return Prompts(*slots, masks.reshape(count, side, side).astype(xp.float32), has_mask)
 
 
 def _append(xp: Any, slots: tuple, coords: Any, labels: Any, valid: Any) -> tuple:

@@ -1,7 +1,8 @@
 """`TwoWayTransformer`: tokens and image attend each other.
 
 Source: segment-anything, `modeling/transformer.py`. `valid` is ours: bucket padding is a token that
-nothing attends, so it never changes a result.
+nothing attends, so it never changes a result. So is an image of batch 1 for several prompts: until
+the first block has changed it, its projections serve them all.
 """
 
 from __future__ import annotations
@@ -28,14 +29,20 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        q: Float[Array, "b n c"],
-        k: Float[Array, "b m c"],
-        v: Float[Array, "b m c"],
-        valid: Bool[Array, "b m"] | None = None,
+        q: Float[Array, "#b n c"],
+        k: Float[Array, "#b m c"],
+        v: Float[Array, "#b m c"],
+        valid: Bool[Array, "#b m"] | None = None,
+        q_pe: Float[Array, "n c"] | None = None,
+        k_pe: Float[Array, "m c"] | None = None,
     ) -> Float[Array, "b n c"]:
         q, k, v = (
-            proj(x).reshape(*x.shape[:2], self.heads, -1)
-            for proj, x in ((self.q_proj, q), (self.k_proj, k), (self.v_proj, v))
+            _projected(proj, x, pe).reshape(*x.shape[:2], self.heads, -1)
+            for proj, x, pe in (
+                (self.q_proj, q, q_pe),
+                (self.k_proj, k, k_pe),
+                (self.v_proj, v, None),
+            )
         )
         scores = jnp.einsum("bnhd,bmhd->bhnm", q * q.shape[-1] ** -0.5, k)
         scores = scores.astype(jnp.float32)
@@ -44,6 +51,15 @@ class Attention(nnx.Module):
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         out = jnp.einsum("bhnm,bmhd->bnhd", weights, v)
         return self.out_proj(out.reshape(*out.shape[:2], -1))
+
+
+def _projected(proj: nnx.Linear, x: jax.Array, pe: jax.Array | None) -> jax.Array:
+    """Of x and the positions that belong to it."""
+    if pe is None:
+        return proj(x)
+    if len(x) == 1:
+        return proj(x + pe)
+    return proj(x) + pe @ proj.kernel[...]  # a sum for every prompt would be a map for each
 
 
 class TwoWayAttentionBlock(nnx.Module):
@@ -64,7 +80,7 @@ class TwoWayAttentionBlock(nnx.Module):
     def __call__(
         self,
         tokens: Float[Array, "b n c"],
-        image: Float[Array, "b m c"],
+        image: Float[Array, "#b m c"],
         token_pe: Float[Array, "b n c"],
         image_pe: Float[Array, "m c"],
         valid: Bool[Array, "b n"],
@@ -76,11 +92,13 @@ class TwoWayAttentionBlock(nnx.Module):
             tokens = tokens + self.self_attn(q, q, tokens, valid)
         tokens = self.norm1(tokens)
 
-        keys = image + image_pe
-        tokens = tokens + self.cross_attn_token_to_image(tokens + token_pe, keys, image)
+        seen = self.cross_attn_token_to_image(tokens + token_pe, image, image, k_pe=image_pe)
+        tokens = tokens + seen
         tokens = self.norm2(tokens)
         tokens = self.norm3(tokens + self.mlp(tokens))
-        image = image + self.cross_attn_image_to_token(keys, tokens + token_pe, tokens, valid)
+        image = image + self.cross_attn_image_to_token(
+            image, tokens + token_pe, tokens, valid, q_pe=image_pe
+        )
         return tokens, self.norm4(image)
 
 
@@ -99,14 +117,19 @@ class TwoWayTransformer(nnx.Module):
 
     def __call__(
         self,
-        image: Float[Array, "b m c"],
+        image: Float[Array, "#b m c"],
         image_pe: Float[Array, "m c"],
         point_embedding: Float[Array, "b n c"],
         valid: Bool[Array, "b n"],
     ) -> tuple[Float[Array, "b n c"], Float[Array, "b m c"]]:
-        """(tokens, image) after attending each other; `valid` marks the tokens that count."""
+        """(tokens, image) after attending each other.
+
+        `valid` marks the tokens that count; an image of batch 1 is that of all prompts.
+        """
         tokens = point_embedding
         for layer in self.layers:
             tokens, image = layer(tokens, image, point_embedding, image_pe, valid)
-        attended = self.final_attn_token_to_image(tokens + point_embedding, image + image_pe, image)
+        attended = self.final_attn_token_to_image(
+            tokens + point_embedding, image, image, k_pe=image_pe
+        )
         return self.norm_final_attn(tokens + attended), image

@@ -6,7 +6,6 @@ any number of processes, sees what an uninterrupted one sees.
 
 from __future__ import annotations
 
-import csv
 import functools
 import os
 import threading
@@ -23,7 +22,7 @@ from samlight_jax.errors import InputError
 from train import sharding
 from train.annotations import Instance, fingerprint, open_dataset
 from train.cache import Cache
-from train.photographs import open_photographs
+from train.photographs import Names, open_photographs
 
 THREADS = 16  # that read and decode; Pillow lets others run meanwhile
 MASKS = 32  # annotated objects of a photograph at most
@@ -65,11 +64,11 @@ class Photos:
         if not roots:
             raise InputError("No photographs were given: --data FOLDER_OR_TAR ...")
         self.sources = _sources(roots)
-        unwanted = {name for path in exclude for name in _listed(path)}
+        unwanted = Names(exclude)
         self.names = [
             name
             for name, source in self.sources.items()
-            if not {name, name.split("/", 1)[-1]} & unwanted and (source.instances or not annotated)
+            if name not in unwanted and (source.instances or not annotated)
         ]
         if not self.names:
             kind = "annotated photograph" if annotated else "photograph"
@@ -137,17 +136,6 @@ def _sources(roots: Sequence[str]) -> dict[str, Source]:
         for name in found.names:
             sources[name] = Source(functools.partial(found.read, name, upright=True))
     return sources
-
-
-def _listed(path: str) -> Iterator[str]:
-    """Names in the first column of a file; where there is a column `file`, in that."""
-    try:
-        with open(path, newline="") as file:
-            rows = list(csv.reader(file))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--exclude {path} cannot be read ({error}).") from None
-    column = rows[0].index("file") if rows and "file" in rows[0] else 0
-    yield from (row[column] for row in rows if len(row) > column)
 
 
 def on_canvas(photo: np.ndarray, canvas: int) -> dict[str, np.ndarray]:

@@ -123,7 +123,9 @@ class Run:
         where = sharding.shardings(abstract, self.mesh)
         if self.checkpoints.latest is not None:
             return self.checkpoints.restore(abstract, where)[0]
-        moments = prepared(self.task, self.teacher, self.look, self.batches(0))
+        moments = None
+        if self.config.stage == 1:  # masks are not measured in a teacher's deviations
+            moments = prepared(self.task, self.teacher, self.look, self.batches(0))
         return sharding.placed(self.start.state(moments), where)
 
     def run(self) -> None:

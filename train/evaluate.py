@@ -34,12 +34,13 @@ from samlight_jax.build_sam import keep_compilations
 from samlight_jax.errors import InputError, exit_on_error
 from samlight_jax.sam import Sam
 from train import compare, report
-from train.annotations import Dataset, Photo, open_dataset
+from train.annotations import Dataset, Photo, fingerprint, open_dataset
 from train.detections import Detections, read_detections
 from train.evaluate_store import Store
 from train.evaluate_tiny import TINY, tiny_data, tiny_model
 from train.evaluator import Evaluator
 from train.evaluator_load import sources
+from train.photographs import Names
 from train.protocol import Protocol, ProtocolFlags
 from train.report_pictures import draw
 
@@ -56,7 +57,9 @@ class Options(ProtocolFlags):
       root: the folder of the data, or tars of photographs.
       split: such as val2017.
       out: the folder of the report; it also keeps what a killed run had finished.
-      limit: photographs, evenly spaced over the data; all by default.
+      only: files that name the photographs to take, one a line (of a CSV the column `file`).
+      exclude: files that name photographs to leave out.
+      limit: photographs, evenly spaced over these; all by default.
       batch: photographs a device at once; 16, and 1 on a CPU.
       overwrite: start anew where `out` holds another evaluation.
       pictures: instances in each band of the contact sheet; 0 for no sheet.
@@ -69,6 +72,8 @@ class Options(ProtocolFlags):
     root: tuple[str, ...] = ()
     split: str | None = None
     out: Path = Path("report")
+    only: tuple[Path, ...] = ()
+    exclude: tuple[Path, ...] = ()
     limit: int | None = None
     batch: int | None = None
     overwrite: bool = False
@@ -136,7 +141,7 @@ def evaluate(options: Options) -> None:
     if protocol.agree_with is not None:
         size = model.config.image_size
         teacher, teacher_name = _load(protocol.agree_with, size, options.tiny)
-    photos = choose(dataset, protocol, detections, options.limit)
+    photos = choose(dataset, protocol, detections, options)
     evaluator = Evaluator(
         model, protocol, teacher=teacher, detections=detections, batch=options.batch
     )
@@ -147,6 +152,7 @@ def evaluate(options: Options) -> None:
         "data": {"name": dataset.name, "fingerprint": dataset.fingerprint},
         "detections": detections and detections.fingerprint,
         "limit": options.limit,
+        "photographs": fingerprint(photo.name for photo in photos),
         "batch": evaluator.engine.batch,
         "versions": report.versions(),
     }
@@ -170,16 +176,27 @@ def _load(name: str, image_size: int | None, tiny: bool) -> tuple[Sam, dict[str,
 
 
 def choose(
-    dataset: Dataset, protocol: Protocol, detections: Detections | None, limit: int | None
+    dataset: Dataset, protocol: Protocol, detections: Detections | None, options: Options
 ) -> list[Photo]:
-    """The photographs that the protocol asks about, or `limit` of them, evenly spaced.
+    """The photographs that options and protocol ask about, at most `options.limit`, evenly spaced.
 
     Raises:
       InputError: there are none.
     """
-    photos = [
+    wanted, unwanted = Names(options.only), Names(options.exclude)
+    named = [
         photo
         for photo in dataset.photos
+        if photo.name not in unwanted and (photo.name in wanted or not options.only)
+    ]
+    if dataset.photos and not named:
+        raise InputError(
+            f"--only and --exclude leave none of the {len(dataset.photos)} photographs of "
+            f"{dataset.name}; the first is {dataset.photos[0].name!r}."
+        )
+    photos = [
+        photo
+        for photo in named
         if protocol.prompt == "teacher-grid"
         or sources(photo, protocol, detections)
         or (detections is not None and photo.instances)
@@ -187,11 +204,11 @@ def choose(
     if not photos:
         why = f" The first problem: {dataset.problems[0].why}" if dataset.problems else ""
         raise InputError(
-            f"{dataset.name} has {len(dataset.photos)} photographs and none with an instance to "
+            f"{dataset.name} has {len(named)} photographs and none with an instance to "
             "evaluate; look at --crowd and --min-area, or take --prompt teacher-grid with "
             f"--agree-with for photographs without annotations.{why}"
         )
-    count = min(limit or len(photos), len(photos))
+    count = min(options.limit or len(photos), len(photos))
     return [photos[i * len(photos) // count] for i in range(count)]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from samlight_jax.config import PATCH
-from samlight_jax.postprocess import LOW_RES, MASK_THRESHOLD
+from samlight_jax.postprocess import MASK_THRESHOLD
 from samlight_jax.preprocess import PIXEL_MEAN, PIXEL_STD
 from samlight_jax.prompts import Prompts
 from samlight_jax.sam import Sam
@@ -190,12 +190,9 @@ def _decode(
     model: Sam, embedding: Array, row: Rows, low_res: Array | None, settings: Settings
 ) -> tuple[Array, Array, Array]:
     """The candidates of a row: (q, c, m, m) logits, (q, c) predicted IoU, (q, c) mask numbers."""
-    q, side = len(row.labels), embedding.shape[0] * LOW_RES
-    masks = jnp.zeros((q, side, side)) if low_res is None else low_res
-    has_mask = jnp.full(q, low_res is not None)
-    logits, iou = model.decode(
-        embedding, Prompts(row.coords, row.labels, row.valid, masks, has_mask)
-    )
+    q = len(row.labels)
+    masks = () if low_res is None else (low_res, jnp.ones(q, bool))
+    logits, iou = model.decode(embedding, Prompts(row.coords, row.labels, row.valid, *masks))
     logits, iou = logits.astype(jnp.float32), iou.astype(jnp.float32)
     numbers = jnp.broadcast_to(jnp.arange(4), (q, 4))
     if settings.select == "single":

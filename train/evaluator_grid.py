@@ -76,14 +76,14 @@ def _one(models: tuple[Sam, Sam], embeddings: tuple[Array, Array], size: Int[Arr
     side = embeddings[0].shape[0] * LOW_RES
     inside = jnp.arange(side) * LOW_RES
     inside = (inside < size[0])[:, None] & (inside < size[1])
-    points = _prompts(grid_points(size)[:, None], (1,), side)
+    points = _prompts(grid_points(size)[:, None], (1,))
     masks, iou = _best_of_three(teacher, points, inside)
     area = masks.sum(axis=(1, 2))
     share = area / inside.sum()
     good = (iou > MIN_PREDICTED_IOU) & (share >= MIN_SHARE) & (share <= MAX_SHARE)
 
     boxes = jax.vmap(tight_box)(masks) * LOW_RES
-    corners = _prompts(boxes.reshape(-1, 2, 2), (2, 3), side)
+    corners = _prompts(boxes.reshape(-1, 2, 2), (2, 3))
     by_box = [_single(each, corners, inside) for each in (teacher, student)]
     return Grid(
         distinct(masks, good),
@@ -109,7 +109,7 @@ def distinct(masks: Bool[Array, "g y x"], good: Bool[Array, "g"]) -> Bool[Array,
     return jax.lax.fori_loop(0, len(masks), keep, jnp.zeros(len(masks), bool))
 
 
-def _prompts(coords: Float[Array, "g k 2"], labels: tuple[int, ...], side: int) -> Prompts:
+def _prompts(coords: Float[Array, "g k 2"], labels: tuple[int, ...]) -> Prompts:
     """Prompts of the same k tokens each; SAM's pad point follows a single point."""
     (g, k), slots = coords.shape[:2], BUCKETS[0]
     tokens = k + 1 if labels == (1,) else k
@@ -119,8 +119,6 @@ def _prompts(coords: Float[Array, "g k 2"], labels: tuple[int, ...], side: int) 
         jnp.zeros((g, slots, 2)).at[:, :k].set(coords),
         jnp.broadcast_to(row, (g, slots)),
         jnp.broadcast_to(np.arange(slots) < tokens, (g, slots)),
-        jnp.zeros((g, side, side)),
-        jnp.zeros(g, bool),
     )
 
 

@@ -46,25 +46,24 @@ def inside(size: Array, side: int) -> Array:
     return (centres[:, None] < size[0]) & (centres[None] < size[1])
 
 
-def points(coords: Array, low_res: int) -> Prompts:
+def points(coords: Array) -> Prompts:
     """(q, 2) frame pixels to prompts of one foreground point each."""
-    return _prompts(coords[:, None], jnp.ones((len(coords), 1), jnp.int32), low_res, pad=True)
+    return _prompts(coords[:, None], jnp.ones((len(coords), 1), jnp.int32), pad=True)
 
 
-def boxes(corners: Array, low_res: int) -> Prompts:
+def boxes(corners: Array) -> Prompts:
     """(q, 4) frame pixels to prompts of one box each."""
     labels = jnp.broadcast_to(jnp.array([2, 3]), (len(corners), 2))
-    return _prompts(corners.reshape(-1, 2, 2), labels, low_res, pad=False)
+    return _prompts(corners.reshape(-1, 2, 2), labels, pad=False)
 
 
-def _prompts(coords: Array, labels: Array, low_res: int, *, pad: bool) -> Prompts:
+def _prompts(coords: Array, labels: Array, *, pad: bool) -> Prompts:
     q, used = labels.shape
     free = SLOTS - used
     coords = jnp.pad(coords.astype(jnp.float32), ((0, 0), (0, free), (0, 0)))
     labels = jnp.pad(labels, ((0, 0), (0, free)), constant_values=-1).astype(jnp.int32)
     valid = jnp.broadcast_to(jnp.arange(SLOTS) < used + pad, (q, SLOTS))
-    masks = jnp.zeros((q, low_res, low_res), jnp.float32)
-    return Prompts(coords, labels, valid, masks, jnp.zeros(q, bool))
+    return Prompts(coords, labels, valid)
 
 
 def best(logits: Array, iou: Array) -> tuple[Array, Array]:
@@ -106,7 +105,7 @@ def of_teacher(decode: Decode, size: Array, key: Array, count: int, low_res: int
     place, shake = jax.random.split(key)
     width_height = jnp.flip(size).astype(jnp.float32)
     coords = jax.random.uniform(place, (count, 2)) * width_height
-    asked = points(coords, low_res)
+    asked = points(coords)
     logits, iou = best(*decode(asked))
     seen = inside(size, low_res)
     masks = (logits > 0) & seen
@@ -116,7 +115,7 @@ def of_teacher(decode: Decode, size: Array, key: Array, count: int, low_res: int
     half = count // 2
     keys = jax.random.split(shake, half)
     frames = jax.vmap(lambda mask, key: jittered(tight_box(mask), size, key))(masks[:half], keys)
-    framed = boxes(frames, low_res)
+    framed = boxes(frames)
     answers, _ = decode(framed)
     target = jnp.concatenate([(answers[:, 0] > 0) & seen, masks[half:]])
     prompts = jax.tree.map(lambda a, b: jnp.concatenate([a, b[half:]]), framed, asked)
@@ -147,7 +146,7 @@ def of_annotations(masks: Array, size: Array, key: Array, count: int) -> Objects
     keys = jax.random.split(shake, half)
     frames = jax.vmap(lambda mask, key: jittered(tight_box(mask), size, key))(target[:half], keys)
     spots = jax.vmap(_somewhere)(target[half:], jax.random.split(place, count - half))
-    framed, pointed = boxes(frames, masks.shape[-1]), points(spots, masks.shape[-1])
+    framed, pointed = boxes(frames), points(spots)
     prompts = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), framed, pointed)
     return Objects(prompts, target, jnp.arange(count) < half, there[which])
 
@@ -185,7 +184,7 @@ def corrected(objects: Objects, logits: Array, choice: Array, seen: Array, key: 
         prompts.labels.at[:, last].set(jnp.where(there, labels, -1)),
         prompts.valid.at[:, last].set(there),
         jnp.clip(logits.astype(jnp.float32), -32, 32),
-        jnp.ones_like(prompts.has_mask),
+        jnp.ones(len(logits), bool),
     )
     # Two prompts leave no doubt: SAM then asks for one mask.
     return objects._replace(prompts=prompts, single=jnp.ones_like(objects.single))

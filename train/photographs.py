@@ -6,12 +6,13 @@ A tar is read in place: its headers are listed once, then a photograph is one se
 from __future__ import annotations
 
 import collections
+import csv
 import dataclasses
 import glob
 import io
 import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,6 +103,35 @@ class Photographs:
     def read(self, name: str, *, upright: bool) -> np.ndarray:
         """A photograph as (height, width, 3) uint8 RGB; see `decode`."""
         return decode(self.read_bytes(name), name, upright=upright)
+
+
+class Names:
+    """The photographs that some files name, one a line: `name in Names(paths)`.
+
+    A line may leave out the first part of a name, the folder or tar that holds the photograph.
+
+    Args:
+      paths: text or CSV; of the latter the column `file` counts, or else the first.
+
+    Raises:
+      InputError: a file cannot be read.
+    """
+
+    def __init__(self, paths: Iterable[str | os.PathLike[str]]):
+        self.listed: set[str] = set()
+        for path in paths:
+            try:
+                with open(path, newline="") as file:
+                    rows = [row for row in csv.reader(file) if row]
+            except (OSError, UnicodeDecodeError) as error:
+                raise InputError(
+                    f"{path} cannot be read ({error}); expected names of photographs, one a line."
+                ) from None
+            column = rows[0].index("file") if rows and "file" in rows[0] else 0
+            self.listed.update(row[column] for row in rows if len(row) > column)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.listed or name.split("/", 1)[-1] in self.listed
 
 
 def open_photographs(root: Root) -> Photographs:

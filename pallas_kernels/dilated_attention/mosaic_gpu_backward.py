@@ -44,10 +44,8 @@ class _Kernel(Kernel):
       tile: tokens of a tile that streams past.
     """
 
-    tile = 64
-
-    def __init__(self, cut: Cut):
-        self.blocks, self.tiles = cut.keys // BLOCK, cut.keys // self.tile
+    def __init__(self, cut: Cut, tile: int):
+        self.tile, self.blocks, self.tiles = tile, cut.keys // BLOCK, cut.keys // tile
         self.factor = cut.call.scale * LOG2E
         super().__init__(cut, cut.pairs * self.blocks)
 
@@ -58,10 +56,10 @@ class _Kernel(Kernel):
 class _Queries(_Kernel):
     """Gradients of a tile of queries: keys and values stream past."""
 
-    def __init__(self, *refs: Any, cut: Cut):
+    def __init__(self, *refs: Any, cut: Cut, tile: int):
         *self.inputs, self.dq, self.delta, own, tiles, self.sums = refs
         self.own, self.ring = Ring(own), Ring(tiles)
-        super().__init__(cut)
+        super().__init__(cut, tile)
 
     def load(self, step: Any, unit: Any) -> None:
         pair, block = self._unit(unit)
@@ -119,10 +117,10 @@ class _Queries(_Kernel):
 class _Keys(_Kernel):
     """Gradients of a tile of keys and values: queries and what belongs to them stream past."""
 
-    def __init__(self, *refs: Any, cut: Cut):
+    def __init__(self, *refs: Any, cut: Cut, tile: int):
         *self.inputs, self.dk, self.dv, own, tiles = refs
         self.own, self.ring = Ring(own), Ring(tiles)
-        super().__init__(cut)
+        super().__init__(cut, tile)
 
     def load(self, step: Any, unit: Any) -> None:
         pair, block = self._unit(unit)
@@ -210,10 +208,10 @@ def _slots(cut: Cut, own: int, tile: int, tiles: int) -> int:
 
 def _dq(cut: Cut, *inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Q's gradient, or a packed one with q's part alone filled; the rows' sums."""
-    tile = _Queries.tile
+    tile = 128 if cut.head_dim == 64 else 64  # as many as registers hold without spilling
     scratch = [cut.ring(1, BLOCK, 3), cut.ring(_slots(cut, 3, tile, 1), tile)]
     return plgpu.kernel(
-        lambda *refs: _Queries(*refs, cut=cut).run(),
+        lambda *refs: _Queries(*refs, cut=cut, tile=tile).run(),
         out_type=[jax.ShapeDtypeStruct(inputs[0].shape, cut.dtype), cut.sums()],
         scratch_types=[*scratch, plgpu.SMEM((2, ROWS), jnp.float32)],
         compiler_params=params(),
@@ -223,12 +221,12 @@ def _dq(cut: Cut, *inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _dkv(cut: Cut, packed: jax.Array | None, *inputs: jax.Array) -> Arrays:
     """The gradients of k and v, or `packed` with them filled in."""
-    tile = _Keys.tile
+    tile = 64
     scratch = [cut.ring(1, BLOCK, 2), cut.ring(_slots(cut, 2, tile, 2), tile, 2, 2)]
     units = cut.pairs * cut.keys // BLOCK
 
     def body(*refs: Any) -> None:
-        _Keys(*refs, cut=cut).run()
+        _Keys(*refs, cut=cut, tile=tile).run()
 
     if packed is None:
         shape = jax.ShapeDtypeStruct(inputs[0].shape, cut.dtype)

@@ -99,15 +99,13 @@ class Predictor:
         import torch
 
         assert multimask_output and return_logits and (labels == 1).all()
-        count, side = len(coords), 4 * self.ours.config.grid
+        count = len(coords)
         slots = np.zeros((count, 8, 2), np.float32)
         slots[:, 0] = coords[:, 0].numpy()
         prompts = Prompts(
             slots,
             np.broadcast_to(np.array([1] + [-1] * 7, np.int32), (count, 8)),
             np.broadcast_to(np.arange(8) < 2, (count, 8)),
-            np.zeros((count, side, side), np.float32),
-            np.zeros(count, bool),
         )
         logits, iou = self.decode(self.ours, self.embedding, prompts)
         low = torch.from_numpy(np.array(logits[:, 1:]))

@@ -41,10 +41,20 @@ def test_a_prompt_without_tokens_is_decoded_from_the_mask_alone(twins):
     assert_parity(masks, want)
 
 
+def test_a_dense_embedding_for_all_prompts_is_the_same_for_each(twins):
+    valid = np.ones((3, 4), bool)
+    each, one = np.repeat(DENSE[:1], 3, axis=0), DENSE[:1]
+    got, want = (run(twins.flax.mask_decoder, EMBEDDING, PE, SPARSE, x, valid) for x in (one, each))
+    for a, b in zip(got, want, strict=True):
+        assert np.std(b) > 0.01
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
 def test_conv_transpose_is_torchs():
     module = ConvTranspose(6, 5, rngs=nnx.Rngs(0))
     module.kernel[...], module.bias[...] = normal(6, 2, 2, 5), normal(5, seed=1)
     x = normal(2, 3, 4, 6, seed=2)
     kernel = torch.from_numpy(normal(6, 2, 2, 5)).permute(0, 3, 1, 2)
     want = F.conv_transpose2d(nchw(x), kernel, torch.from_numpy(normal(5, seed=1)), stride=2)
-    assert_parity(run(module, x), nhwc(want))
+    got = run(module, x)  # (2, 3, 4, 2, 2, 5): the four of each token, not yet in rows
+    assert_parity(got.swapaxes(2, 3).reshape(2, 6, 8, 5), nhwc(want))

@@ -83,7 +83,9 @@ def test_a_detectors_boxes_are_scored_by_ap(options, tmp_path):
 def test_another_evaluation_in_the_same_folder_is_refused(options):
     evaluate(options)
     other = dataclasses.replace(options, mask_select="oracle", limit=3)
-    with pytest.raises(InputError, match=r"another evaluation \(other limit, protocol\)"):
+    with pytest.raises(
+        InputError, match=r"another evaluation \(other limit, photographs, protocol\)"
+    ):
         evaluate(other)
     evaluate(dataclasses.replace(other, overwrite=True))
     report = json.loads((options.out / "report.json").read_text())
@@ -117,6 +119,11 @@ def test_bad_photographs_are_listed_and_all_bad_ones_refused(options):
         ({"data": "absent.json"}, "absent"),
         ({"prompt": "teacher-grid"}, "add --agree-with"),
         ({"min_area": 1e9}, "6 photographs and none with an instance to evaluate"),
+        ({"only": (Path("absent"),)}, "absent cannot be read"),
+        (
+            {"only": (Path(__file__),)},
+            "leave none of the 6 photographs of .*; the first is '0.png'",
+        ),
     ],
 )
 def test_bad_options_are_refused_in_a_sentence(options, change, sentence):
@@ -128,10 +135,24 @@ def test_a_limit_is_spread_evenly(options):
     dataset = program.open_dataset(options.data)
 
     def chosen(limit):
-        return [photo.id for photo in choose(dataset, Protocol(), None, limit)]
+        return [photo.id for photo in choose(dataset, Protocol(), None, Options(limit=limit))]
 
     assert chosen(None) == chosen(6) == chosen(100) == list("012345")
     assert chosen(1) == ["0"] and chosen(2) == ["0", "3"] and chosen(4) == ["0", "1", "3", "4"]
+
+
+def test_photographs_are_chosen_and_left_out_by_name(options, tmp_path):
+    dataset = program.open_dataset(options.data)
+    some, one = tmp_path / "some.csv", tmp_path / "one.txt"
+    some.write_text("shard,file\na.tar,1.png\na.tar,4.png\na.tar,5.png\n")
+    one.write_text("4.png\n")
+
+    def chosen(**flags):
+        return [photo.id for photo in choose(dataset, Protocol(), None, Options(**flags))]
+
+    assert chosen(only=(some,)) == ["1", "4", "5"]
+    assert chosen(exclude=(some,)) == ["0", "2", "3"]
+    assert chosen(only=(some,), exclude=(one,), limit=1) == ["1"]
 
 
 def test_a_store_keeps_whole_lines_alone(tmp_path):

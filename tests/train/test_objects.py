@@ -279,7 +279,7 @@ def pairs():
     places = rng.uniform(0, 64, (3, 1, 2)).astype(np.float32)
     corners = np.array([[3, 5, 40.5, 30], [0, 0, 64, 64], [10, 20, 12, 63]], np.float32)
     ones = np.ones((3, 1), int)
-    points, boxes = objects.points(places[:, 0], 16), objects.boxes(corners, 16)
+    points, boxes = objects.points(places[:, 0]), objects.boxes(corners)
 
     def user(*, logits=None, **prompts):
         return assemble(FRAME, models.TINY, 3, masks=logits, absent=False, **prompts)

@@ -45,8 +45,7 @@ def drawn(monkeypatch):
         coords[:, 1, :2] = [[32, 32], [96, 96]]
         coords[:, 3, 0] = [100, 40]
         zeros = np.zeros((2, 4, 4), int)
-        masks = np.zeros((2, 4, LOW_RES, LOW_RES), np.float32)
-        prompts = Prompts(coords, zeros, zeros > 0, masks, np.zeros((2, 4), bool))
+        prompts = Prompts(coords, zeros, zeros > 0)
         single = np.tile([True, True, False, False], (2, 1))
         found = objects.Objects(prompts, rectangles(TEACHER), single, np.full((2, 4), counts))
         monkeypatch.setattr(sheet, "answers", lambda *_: (found, rectangles(STUDENT)))
