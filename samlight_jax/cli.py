@@ -24,6 +24,7 @@ from samlight_jax.amg_cli import amg
 from samlight_jax.attention import backends
 from samlight_jax.build_sam import cache_folder, find, keep_compilations
 from samlight_jax.config import PRESETS, Pattern, ViTConfig
+from samlight_jax.demo import demo
 from samlight_jax.draw import overlay
 from samlight_jax.errors import InputError, exit_on_error
 from samlight_jax.export import export
@@ -284,7 +285,13 @@ def main() -> None:
 
     warnings.showwarning = warn
     commands = dict(
-        predict=predict, amg=amg, export=export, models=models, info=info, doctor=doctor
+        predict=predict,
+        amg=amg,
+        demo=demo,
+        export=export,
+        models=models,
+        info=info,
+        doctor=doctor,
     )
     exit_on_error(
         lambda: tyro.extras.subcommand_cli_from_dict(

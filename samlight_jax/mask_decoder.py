@@ -82,7 +82,7 @@ class MaskDecoder(nnx.Module):
 
         `dense` is one for all prompts where none has a mask.
         """
-        q, (_, h, w, c) = len(sparse), dense.shape
+        q, (_, h, w, c) = sparse.shape[0], dense.shape
         own = jnp.concatenate([self.iou_token.embedding[...], self.mask_tokens.embedding[...]])
         tokens = jnp.concatenate([jnp.broadcast_to(own, (q, *own.shape)), sparse], axis=1)
         valid = jnp.concatenate([jnp.ones((q, len(own)), bool), valid], axis=1)
@@ -91,11 +91,11 @@ class MaskDecoder(nnx.Module):
         pe = image_pe.astype(image.dtype).reshape(h * w, c)
         tokens, image = self.transformer(image, pe, tokens, valid)
 
-        upscaled = self.output_upscaling(image)
+        upscaled = self.output_upscaling(image).reshape(q, 16 * h * w, c // 8)
         weights = jnp.stack(
             [mlp(tokens[:, 1 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)], axis=1
         )
-        logits = jnp.einsum("qmc,qpc->qmp", weights, upscaled.reshape(q, -1, upscaled.shape[-1]))
+        logits = jnp.einsum("qmc,qpc->qmp", weights, upscaled)
         logits = jnp.einsum("qmhwyxvu->qmhyvwxu", logits.reshape(q, MASKS, h, w, 2, 2, 2, 2))
         logits = logits.reshape(q, MASKS, 4 * h, 4 * w)
         return logits, self.iou_prediction_head(tokens[:, 0])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
@@ -35,29 +36,52 @@ class Attention(nnx.Module):
         valid: Bool[Array, "#b m"] | None = None,
         q_pe: Float[Array, "n c"] | None = None,
         k_pe: Float[Array, "m c"] | None = None,
+        few_keys: bool = False,
     ) -> Float[Array, "b n c"]:
-        q, k, v = (
-            _projected(proj, x, pe).reshape(*x.shape[:2], self.heads, -1)
-            for proj, x, pe in (
-                (self.q_proj, q, q_pe),
-                (self.k_proj, k, k_pe),
-                (self.v_proj, v, None),
-            )
-        )
-        scores = jnp.einsum("bnhd,bmhd->bhnm", q * q.shape[-1] ** -0.5, k)
-        scores = scores.astype(jnp.float32)
+        q, k = _projected(self.q_proj, q, q_pe), _projected(self.k_proj, k, k_pe)
+        q, v = q * (q.shape[-1] // self.heads) ** -0.5, self.v_proj(v)
+        # Heads are told apart on the side of few tokens: the image, as it is, meets them all in
+        # one product, and is never put in another order.
+        if few_keys:
+            k, v = _spread(k, self.heads), _spread(v, self.heads)
+        else:
+            q = _spread(q, self.heads)
+        scores = jnp.einsum("bnc,bmc->bnm", q, k).astype(jnp.float32)
+        shape = scores.shape
+        if few_keys:  # each head's keys among those of all
+            scores = scores.reshape(*shape[:2], shape[2] // self.heads, self.heads)
+        else:
+            scores = scores[..., None]
         if valid is not None:
-            scores = jnp.where(valid[:, None, None, :], scores, -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        out = jnp.einsum("bhnm,bmhd->bnhd", weights, v)
-        return self.out_proj(out.reshape(*out.shape[:2], -1))
+            scores = jnp.where(valid[:, None, :, None], scores, -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=2).astype(v.dtype).reshape(shape)
+        out = jnp.einsum("bnm,bmc->bnc", weights, v)
+        return self.out_proj(out if few_keys else _gathered(out, self.heads))
+
+
+def _heads(channels: int, heads: int) -> np.ndarray:
+    """(heads, channels) of 0 and 1: which channels are a head's."""
+    return np.repeat(np.eye(heads, dtype=np.float32), channels // heads, axis=1)
+
+
+def _spread(x: jax.Array, heads: int) -> jax.Array:
+    """(b, n, c) to (b, n heads, c): the channels of each head by themselves, zeros around them."""
+    b, n, c = x.shape
+    return (x[:, :, None] * _heads(c, heads).astype(x.dtype)).reshape(b, n * heads, c)
+
+
+def _gathered(x: jax.Array, heads: int) -> jax.Array:
+    """The way back: of each head its channels."""
+    b, n, c = x.shape
+    own = _heads(c, heads).astype(x.dtype)
+    return (x.reshape(b, n // heads, heads, c) * own).sum(axis=2)
 
 
 def _projected(proj: nnx.Linear, x: jax.Array, pe: jax.Array | None) -> jax.Array:
     """Of x and the positions that belong to it."""
     if pe is None:
         return proj(x)
-    if len(x) == 1:
+    if x.shape[0] == 1:
         return proj(x + pe)
     return proj(x) + pe @ proj.kernel[...]  # a sum for every prompt would be a map for each
 
@@ -97,7 +121,7 @@ class TwoWayAttentionBlock(nnx.Module):
         tokens = self.norm2(tokens)
         tokens = self.norm3(tokens + self.mlp(tokens))
         image = image + self.cross_attn_image_to_token(
-            image, tokens + token_pe, tokens, valid, q_pe=image_pe
+            image, tokens + token_pe, tokens, valid, q_pe=image_pe, few_keys=True
         )
         return tokens, self.norm4(image)
 

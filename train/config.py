@@ -121,6 +121,10 @@ class TrainConfig:
       prompts: prompts a photograph in stages 2 and 3, points and boxes half and half.
       targets: of stages 2 and 3, the teacher's masks or those of the data; the latter with views of
         single photographs.
+      match: of the teacher's masks: each of the student's four learns the teacher's same one
+        (token), or the nearest one the teacher's choice, as in SAM's training (nearest).
+      embedding_weight: of stage 1's loss of the embedding in stages 2 and 3 (1 is that of Dice),
+        which else drifts away from the teacher's.
       mask_loss: of a mask's pixels, beside Dice.
       augment: random views.
       canvas: photographs are kept within a square of this side, never enlarged.
@@ -167,6 +171,8 @@ class TrainConfig:
     layers_share: float = 0.3
     prompts: int = 16
     targets: Literal["teacher", "annotations"] = "teacher"
+    match: Literal["token", "nearest"] = "token"
+    embedding_weight: float = 1.0
     mask_loss: MaskLoss = "focal"
     augment: Augment = dataclasses.field(default_factory=Augment)
     canvas: int = 768
@@ -189,7 +195,7 @@ class TrainConfig:
         for name in ("lr", "decoder_lr", "clip"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name}={getattr(self, name)}: expected more than 0.")
-        for name in ("warmup", "weight_decay", "max_bad", "sheet_every"):
+        for name in ("warmup", "weight_decay", "embedding_weight", "max_bad", "sheet_every"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name}={getattr(self, name)}: expected 0 or more.")
         if self.image_size < PATCH or self.image_size % PATCH:

@@ -124,7 +124,7 @@ class Run:
         if self.checkpoints.latest is not None:
             return self.checkpoints.restore(abstract, where)[0]
         moments = None
-        if self.config.stage == 1:  # masks are not measured in a teacher's deviations
+        if self.config.stage == 1 or (self.config.embedding_weight and not self.photos.annotated):
             moments = prepared(self.task, self.teacher, self.look, self.batches(0))
         return sharding.placed(self.start.state(moments), where)
 

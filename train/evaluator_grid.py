@@ -5,7 +5,8 @@ order. The teacher's best of three masks by predicted IoU, as low-resolution log
 that part, is kept if the predicted IoU is above 0.75 and its area is 0.2 % to 70 % of the part; one
 that overlaps an earlier kept one with an IoU of 0.8 or more is dropped. Each kept mask gives two
 prompts for both models: its point (three masks, highest predicted IoU) and its tight box (single
-mask). The agreement is the IoU of the two models' low-resolution masks.
+mask). The agreement is the IoU of the two models' low-resolution masks. From the point it is also
+given for one and the same of the three masks, that of the teacher's choice.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Grid(NamedTuple):
       iou: (g,) float32, as the teacher predicts it.
       area: (g,) int32, pixels of the teacher's mask.
       box: (g, 4) float32, its tight box in frame pixels.
-      by_box, by_point: (g, 2) int32, the two models' masks.
+      by_box, by_point, by_token: (g, 2) int32, the two models' masks.
       masks: (g, 2, m, m / 8) uint8, the teacher's and the model's for the box, bits by row.
     """
 
@@ -48,6 +49,7 @@ class Grid(NamedTuple):
     box: Any
     by_box: Any
     by_point: Any
+    by_token: Any
     masks: Any
 
 
@@ -77,7 +79,10 @@ def _one(models: tuple[Sam, Sam], embeddings: tuple[Array, Array], size: Int[Arr
     inside = jnp.arange(side) * LOW_RES
     inside = (inside < size[0])[:, None] & (inside < size[1])
     points = _prompts(grid_points(size)[:, None], (1,))
-    masks, iou = _best_of_three(teacher, points, inside)
+    three, predicted = _three(teacher, points, inside)
+    choice, g = jnp.argmax(predicted, axis=1), jnp.arange(len(predicted))
+    masks, iou = three[g, choice], predicted[g, choice]
+    ours, our_iou = _three(student, points, inside)
     area = masks.sum(axis=(1, 2))
     share = area / inside.sum()
     good = (iou > MIN_PREDICTED_IOU) & (share >= MIN_SHARE) & (share <= MAX_SHARE)
@@ -91,7 +96,8 @@ def _one(models: tuple[Sam, Sam], embeddings: tuple[Array, Array], size: Int[Arr
         area.astype(jnp.int32),
         boxes,
         _pairs(*by_box),
-        _pairs(masks, _best_of_three(student, points, inside)[0]),
+        _pairs(masks, ours[g, jnp.argmax(our_iou, axis=1)]),
+        _pairs(masks, ours[g, choice]),
         jnp.packbits(jnp.stack(by_box, axis=1), axis=-1),
     )
 
@@ -122,11 +128,9 @@ def _prompts(coords: Float[Array, "g k 2"], labels: tuple[int, ...]) -> Prompts:
     )
 
 
-def _best_of_three(model: tuple[Sam, Array], prompts: Prompts, inside: Array) -> tuple:
+def _three(model: tuple[Sam, Array], prompts: Prompts, inside: Array) -> tuple[Array, Array]:
     logits, iou = model[0].decode(model[1], prompts)
-    logits, iou = logits[:, 1:], iou[:, 1:].astype(jnp.float32)
-    best, g = jnp.argmax(iou, axis=1), jnp.arange(len(iou))
-    return (logits[g, best] > MASK_THRESHOLD) & inside, iou[g, best]
+    return (logits[:, 1:] > MASK_THRESHOLD) & inside, iou[:, 1:].astype(jnp.float32)
 
 
 def _single(model: tuple[Sam, Array], prompts: Prompts, inside: Array) -> Array:
@@ -156,6 +160,7 @@ def grid_record(grid: Grid, frame: Frame, masks: bool) -> list[dict[str, Any]]:
             "predicted_iou": round(float(grid.iou[i]), 6),
             "agreement": ratio(grid.by_box[i]),
             "agreement_point": ratio(grid.by_point[i]),
+            "agreement_token": ratio(grid.by_token[i]),
             **(_rles(grid.masks[i], frame) if masks else {}),
         }
         for i in np.flatnonzero(grid.kept)

@@ -136,6 +136,45 @@ PIXELS = {  # the loss of a mask's pixels, and its weight to 1 of Dice
 }
 
 
+def tokens(
+    logits: Array,
+    predicted_iou: Array,
+    target: Array,
+    target_iou: Array,
+    single: Array,
+    counts: Array,
+    inside: Array,
+    kind: MaskLoss = "focal",
+) -> MaskTerms:
+    """Losses of one image's prompts, each of the four masks against the teacher's same one.
+
+    A mask counts by the IoU that the teacher predicts of it, and the more the two differ.
+
+    Args:
+      logits: (q, 4, y, x) of the student.
+      predicted_iou: (q, 4) of the student.
+      target: (q, 4, y, x) bool of the teacher.
+      target_iou: (q, 4) of the teacher.
+      single: as for `masks`, and what follows.
+    """
+    loss, _ = PIXELS[kind]
+    reached = jax.lax.stop_gradient(overlap(logits > 0, target, inside))
+    hard = counts[:, None] * jnp.clip(target_iou, 0, 1) * (0.5 + 1.0 - reached)
+    allowed = jnp.where(single[:, None], jnp.arange(4) == 0, jnp.arange(4) > 0)
+    ours, theirs = (
+        jnp.argmax(jnp.where(allowed, x, -jnp.inf), axis=1) for x in (predicted_iou, target_iou)
+    )
+    q = jnp.arange(len(logits))
+    agreement = overlap(logits[q, ours] > 0, target[q, theirs], inside)
+    wrong = jnp.square(predicted_iou.astype(jnp.float32) - target_iou)
+    return MaskTerms(
+        mean(loss(logits, target, inside), hard),
+        mean(dice(logits, target, inside), hard),
+        mean(wrong, jnp.broadcast_to(counts[:, None], wrong.shape)),
+        mean(agreement, counts),
+    )
+
+
 def masks(
     logits: Array,
     predicted_iou: Array,

@@ -32,12 +32,16 @@ class Objects(NamedTuple):
       target: (q, m, m) bool, the teacher's mask.
       single: (q,) bool, whether one mask answers; boxes.
       counts: (q,) bool, whether the teacher saw an object there.
+      masks: (q, 4, m, m) bool, all that the teacher answers, by token; None where it was not asked.
+      iou: (q, 4) float32, as it predicts of them.
     """
 
     prompts: Prompts
     target: Array
     single: Array
     counts: Array
+    masks: Array | None = None
+    iou: Array | None = None
 
 
 def inside(size: Array, side: int) -> Array:
@@ -106,7 +110,8 @@ def of_teacher(decode: Decode, size: Array, key: Array, count: int, low_res: int
     width_height = jnp.flip(size).astype(jnp.float32)
     coords = jax.random.uniform(place, (count, 2)) * width_height
     asked = points(coords)
-    logits, iou = best(*decode(asked))
+    all_logits, all_iou = decode(asked)
+    logits, iou = best(all_logits, all_iou)
     seen = inside(size, low_res)
     masks = (logits > 0) & seen
     share = masks.sum((1, 2)) / seen.sum()
@@ -116,11 +121,17 @@ def of_teacher(decode: Decode, size: Array, key: Array, count: int, low_res: int
     keys = jax.random.split(shake, half)
     frames = jax.vmap(lambda mask, key: jittered(tight_box(mask), size, key))(masks[:half], keys)
     framed = boxes(frames)
-    answers, _ = decode(framed)
-    target = jnp.concatenate([(answers[:, 0] > 0) & seen, masks[half:]])
-    prompts = jax.tree.map(lambda a, b: jnp.concatenate([a, b[half:]]), framed, asked)
+    # Boxes first, then what the points behind them were answered.
+    prompts, logits, iou = jax.tree.map(
+        lambda a, b: jnp.concatenate([a, b[half:]]),
+        (framed, *decode(framed)),
+        (asked, all_logits, all_iou),
+    )
+    answers = (logits > 0) & seen
+    target = jnp.concatenate([answers[:half, 0], masks[half:]])
     counts &= target.any((1, 2))
-    return Objects(prompts, target, jnp.arange(count) < half, counts)
+    single = jnp.arange(count) < half
+    return Objects(prompts, target, single, counts, answers, iou.astype(jnp.float32))
 
 
 def of_annotations(masks: Array, size: Array, key: Array, count: int) -> Objects:
@@ -187,4 +198,4 @@ def corrected(objects: Objects, logits: Array, choice: Array, seen: Array, key: 
         jnp.ones(len(logits), bool),
     )
     # Two prompts leave no doubt: SAM then asks for one mask.
-    return objects._replace(prompts=prompts, single=jnp.ones_like(objects.single))
+    return Objects(prompts, objects.target, jnp.ones_like(objects.single), objects.counts)

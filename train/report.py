@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+import samlight_jax
 from samlight_jax.errors import InputError
 from samlight_jax.weights import write_whole
 from train.annotations import Dataset, Photo
@@ -21,7 +22,7 @@ from train.evaluator_batch import Record
 from train.metrics import area_class, average_precision, mean_interval
 from train.protocol import Protocol
 
-PACKAGES = ("samlight-jax", "jax", "jaxlib", "flax", "numpy", "pillow", "pycocotools")
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "pillow", "pycocotools")
 AREAS = ("small", "medium", "large")
 LISTED = 30  # problems in report.md; report.json has all
 NAMES = {
@@ -29,6 +30,7 @@ NAMES = {
     "boundary": "boundary IoU",
     "agreement": "agreement with the teacher, mIoU",
     "agreement_point": "agreement from the point, mIoU",
+    "agreement_token": "agreement from the point by the teacher's choice of mask, mIoU",
     "embedding_mse": "embedding: mean squared error",
     "embedding_cosine": "embedding: mean cosine",
 }
@@ -38,12 +40,15 @@ AVERAGED = {
     "boundary": "boundary",
     "agreement": "agreement",
     "agreement_point": "agreement_point",
+    "agreement_token": "agreement_token",
 }
 
 
 def versions() -> dict[str, str]:
     """Of the packages that decide numbers, and the kind of device."""
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    # Of the code that runs: a clone may not be installed.
+    found = {"samlight-jax": samlight_jax.__version__, **found}
     return {**found, "device": jax.devices()[0].device_kind}
 
 

@@ -176,8 +176,10 @@ def stages_2_3(
     model = weights.build(task.student, cast(arrays, config.dtype), folded=False)
 
     def terms(logits: Array, iou: Array, wanted: Any, inside: Array) -> losses.MaskTerms:
-        asked = wanted.target, wanted.single, wanted.counts
-        return losses.masks(logits, iou, *asked, inside, config.mask_loss)
+        asked = wanted.single, wanted.counts, inside, config.mask_loss
+        if config.match == "token" and wanted.masks is not None:
+            return losses.tokens(logits, iou, wanted.masks, wanted.iou, *asked)
+        return losses.masks(logits, iou, wanted.target, *asked)
 
     def objects_of(given: Array, size: Array, key: Array) -> objects.Objects:
         if seen.masks is not None:
@@ -206,6 +208,10 @@ def stages_2_3(
     _, weight = losses.PIXELS[config.mask_loss]
     measures: Measures = {}
     total = jnp.zeros(())
+    if seen.masks is None and config.embedding_weight:
+        inside = views.inside(task.student.grid)
+        measures |= feature_terms(task, state, params, found, (given, {}), inside)
+        total += config.embedding_weight * measures[EMBEDDING]
     for i, each in enumerate(rounds):
         of = "" if len(rounds) == 1 else f"_{i + 1}"
         means = {f"{name}{of}": losses.mean(x, asked) for name, x in each._asdict().items()}

@@ -237,11 +237,11 @@ def test_the_teachers_grid_is_the_rule_in_numpy(dataset):
         want = list(grid_by_hand(image, student, teacher))
         count += len(want)
         assert [i["id"] for i in record["instances"]] == [str(i) for i, *_ in want]
-        for got, (_, point, box, by_box, by_point) in zip(record["instances"], want, strict=True):
+        for got, (_, point, box, *agreements) in zip(record["instances"], want, strict=True):
             np.testing.assert_allclose(got["points"][0][:2], point, atol=1e-3)
             np.testing.assert_allclose(got["box"], box, atol=1e-3)
-            assert got["agreement"] == pytest.approx(by_box, abs=2e-2)
-            assert got["agreement_point"] == pytest.approx(by_point, abs=2e-2)
+            found = [got[f"agreement{of}"] for of in ("", "_point", "_token")]
+            assert found == pytest.approx(agreements, abs=2e-2)
             truth = coco_mask.decode(got["truth"])
             assert truth.shape == image.shape[:2]
             assert got["area"] == pytest.approx(truth.sum(), rel=0.5)
@@ -249,24 +249,24 @@ def test_the_teachers_grid_is_the_rule_in_numpy(dataset):
 
 
 def grid_by_hand(image, student, teacher):
-    """(number, point, box, box agreement, point agreement) of the kept points; DESIGN's rule."""
+    """Number, point, box, agreements by box, point and token of the kept points; DESIGN's rule."""
     frame = Frame(image.shape[:2], 64)
     rows, columns = (-(-side // 4) for side in frame.input)
 
-    def ask(model, **prompt):
+    def ask(model, choice=None, **prompt):
         multi = "box" not in prompt
         _, predicted, low = samlight_jax.predict(
             image, **prompt, multimask_output=multi, model=model
         )
-        best = int(np.argmax(predicted))
-        return low[best, :rows, :columns] > 0, predicted[best]
+        best = int(np.argmax(predicted)) if choice is None else choice
+        return low[best, :rows, :columns] > 0, predicted[best], best
 
     kept = []
     height, width = image.shape[:2]
     for number in range(16):
         point = (number % 4 + 0.5) / 4 * width, (number // 4 + 0.5) / 4 * height
         prompt = {"point_coords": [point], "point_labels": [1]}
-        mask, predicted = ask(teacher, **prompt)
+        mask, predicted, choice = ask(teacher, **prompt)
         if not (predicted > 0.75 and 0.002 <= mask.mean() <= 0.7):
             continue
         if any(iou(mask, other) >= 0.8 for other in kept):
@@ -276,7 +276,8 @@ def grid_by_hand(image, student, teacher):
         tight = np.array([x.min(), y.min(), x.max() + 1, y.max() + 1]) * 4
         box = tight / np.tile(frame.scale, 2)
         by_box = iou(ask(teacher, box=box)[0], ask(student, box=box)[0])
-        yield number, point, box, by_box, iou(mask, ask(student, **prompt)[0])
+        by_point, by_token = (iou(mask, ask(student, c, **prompt)[0]) for c in (None, choice))
+        yield number, point, box, by_box, by_point, by_token
 
 
 def test_distinct_keeps_the_first_of_those_that_overlap():

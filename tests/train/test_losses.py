@@ -13,6 +13,7 @@ KINDS = ["mse", "l1", "huber", "cosine"]
 FEATURES = jax.jit(losses.features, static_argnames=("kind", "channels"))
 GRADIENT = jax.jit(jax.grad(losses.features), static_argnames=("kind", "channels"))
 MASKS = jax.jit(losses.masks)
+TOKENS = jax.jit(losses.tokens)
 
 
 def photographs(*shape):
@@ -191,6 +192,45 @@ def test_masks_against_numpy(seed):
     arguments = asked(seed=seed)
     want, _ = masks_by_hand(*arguments)
     np.testing.assert_allclose(MASKS(*arguments), want, rtol=1e-5)
+
+
+def asked_by_token(seed=0):
+    """Arguments of `losses.tokens`: those of `losses.masks` with four targets and their IoU."""
+    logits, iou, _, *rest = asked(seed=seed)
+    rng = np.random.default_rng(seed + 100)
+    target = rng.random(logits.shape) < 0.4
+    return logits, iou, target, 1.3 * rng.random(iou.shape).astype(np.float32), *rest
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_tokens_against_numpy(seed):
+    logits, iou, target, target_iou, single, counts, inside = asked_by_token(seed)
+    weights, pixels, shapes, agreement = [], [], [], []
+    for q in np.flatnonzero(counts):
+        for k in range(4):
+            guess, truth = logits[q, k][inside], target[q, k][inside]
+            right = np.where(truth, sigmoid(guess), sigmoid(-guess))
+            pixels.append(-((1 - right) ** 2 * np.log(right)).mean())
+            share = sigmoid(guess)
+            shapes.append(1 - (2 * share[truth].sum() + 1) / (share.sum() + truth.sum() + 1))
+            reached = (truth & (guess > 0)).sum() / (truth | (guess > 0)).sum()
+            weights.append(min(1, target_iou[q, k]) * (1.5 - reached))
+        some = slice(0, 1) if single[q] else slice(1, 4)
+        ours, theirs = (
+            x[q, np.argmax(v[q, some]) + some.start][inside] > 0
+            for x, v in ((logits, iou), (target, target_iou))
+        )
+        agreement.append((ours & theirs).sum() / (ours | theirs).sum())
+    wrong = np.square(iou - target_iou)[counts].mean()
+    means = np.average(pixels, weights=weights), np.average(shapes, weights=weights)
+    got = TOKENS(logits, iou, target, target_iou, single, counts, inside)
+    np.testing.assert_allclose(got, (*means, wrong, np.mean(agreement)), rtol=1e-5)
+
+
+def test_a_student_that_answers_as_its_teacher_has_nothing_to_learn():
+    _, _, target, target_iou, *rest = asked_by_token()
+    terms = TOKENS(np.where(target, 50.0, -50.0), target_iou, target, target_iou, *rest)
+    np.testing.assert_allclose(terms, (0, 0, 0, 1), atol=1e-6)
 
 
 def total(logits, iou, *rest):

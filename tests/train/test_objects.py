@@ -123,6 +123,10 @@ def test_targets_are_the_teachers_answers_to_the_same_prompts():
         box = (first + second) / 2, (second - first) / 2
         want = ellipse(*box) if i < 6 else ellipse(first, (16, 16))
         np.testing.assert_array_equal(target, want & SEEN)
+        # All four answers to the same prompt, with what the teacher thinks of them.
+        np.testing.assert_array_equal(found.masks[i, 0 if i < 6 else 2], target)
+        np.testing.assert_array_equal(found.masks[i, 1], ~ellipse(first, (16, 16)) & SEEN)
+        np.testing.assert_allclose(found.iou[i], [SURE + 0.1, 0.1, SURE, 0.2])
 
 
 def test_the_unsure_do_not_count():
