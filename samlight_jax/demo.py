@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -61,6 +62,8 @@ def demo(
     # gradio asks its own server whether it is up, which a proxy would answer.
     known = (os.environ.get("no_proxy"), os.environ.get("NO_PROXY"), "localhost", host)
     os.environ["no_proxy"] = ",".join(filter(None, known))
+    # `kill` ends it as Ctrl-C does, so that no visitor's photograph is left behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="samlight-demo-") as folder:
         blocks = page.launch(models, shown, host, port, Path(folder))
         print(f"samlight demo: {blocks.local_url} (Ctrl-C ends it)", flush=True)

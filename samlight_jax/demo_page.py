@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import functools
 import html
-import importlib
 import io
 import os
 import tempfile
@@ -13,14 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import jax
+from gradio.themes import Soft
 from PIL import Image
 
 from samlight_jax.demo_session import FILES, Session
 from samlight_jax.errors import InputError
-
-# Of the extra `demo`; whoever imports this module has asked for it.
-gr = importlib.import_module("gradio")
 
 HERE = Path(__file__).parent
 MAX_UPLOAD = "32mb"
@@ -89,7 +87,7 @@ def launch(
         pwa=False,
         footer_links=[],
         # gradio's own fonts would come from elsewhere
-        theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        theme=Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         css_paths=HERE / "demo_page.css",
     )
     return blocks

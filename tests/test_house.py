@@ -10,7 +10,7 @@ MAY_IMPORT = {  # each package, and what of ours and of the heavy libraries it m
     "pallas_kernels": {"pallas_kernels", "jax", "numpy", "jax_triton", "triton"},
     "samlight_jax": {
         *("samlight_jax", "pallas_kernels", "jax", "numpy", "flax", "jaxtyping"),
-        *("PIL", "rich", "tyro", "safetensors", "orbax"),
+        *("PIL", "rich", "tyro", "safetensors", "orbax", "gradio"),
     },
     "train": {
         *("train", "samlight_jax", "pallas_kernels", "jax", "numpy", "flax", "jaxtyping", "PIL"),

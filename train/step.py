@@ -204,21 +204,28 @@ def stages_2_3(
             rounds.append(terms(logits, iou, wanted, inside))
         return rounds, wanted.counts.any()
 
-    rounds, asked = jax.vmap(one)(found.embedding, given, views.size, keys)
-    _, weight = losses.PIXELS[config.mask_loss]
-    measures: Measures = {}
-    total = jnp.zeros(())
+    total, measures = _of_rounds(config, *jax.vmap(one)(found.embedding, given, views.size, keys))
     if seen.masks is None and config.embedding_weight:
         inside = views.inside(task.student.grid)
         measures |= feature_terms(task, state, params, found, (given, {}), inside)
         total += config.embedding_weight * measures[EMBEDDING]
+    return total, {"loss": total, **measures}, found.statistics
+
+
+def _of_rounds(
+    config: TrainConfig, rounds: list[losses.MaskTerms], asked: Array
+) -> tuple[Array, Measures]:
+    """The loss and the means of its terms, over the photographs on which something was asked."""
+    _, weight = losses.PIXELS[config.mask_loss]
+    measures: Measures = {}
+    total = jnp.zeros(())
     for i, each in enumerate(rounds):
         of = "" if len(rounds) == 1 else f"_{i + 1}"
         means = {f"{name}{of}": losses.mean(x, asked) for name, x in each._asdict().items()}
         pixels, dice, iou, _ = means.values()
         total += (weight * pixels + dice + iou) / len(rounds)
         measures |= means
-    return total, {"loss": total, **measures}, found.statistics
+    return total, measures
 
 
 def update(

@@ -37,6 +37,7 @@ def run(folder, monkeypatch, capsys):
     monkeypatch.setenv("no_proxy", "")
     monkeypatch.chdir(folder)
     monkeypatch.setattr(demo, "keep_compilations", lambda: None)
+    monkeypatch.setattr(demo.signal, "signal", lambda *_: None)  # pytest's own stay
 
     def run(*arguments):
         given = []

