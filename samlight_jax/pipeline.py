@@ -33,8 +33,8 @@ ABSENT_LOGIT = -32.0  # of a row without any prompt: background, about as sure a
 
 @functools.partial(jax.jit, static_argnames="features")
 def _encode(model: Sam, pixels: Any, features: bool = False) -> Any:
-    embedding, by_name = model.encode(pixels)
-    return (embedding, by_name) if features else embedding
+    found = jax.tree.map(lambda x: x.astype(jnp.float32), model.encode(pixels))
+    return found if features else found[0]
 
 
 @jax.jit
@@ -42,7 +42,7 @@ def _decode(model: Sam, embeddings: Any, prompts: Prompts) -> tuple[jax.Array, j
     """(b, h, w, 256) and prompts (b, q, ...) to (b, q, 4, n, n) logits and (b, q, 4) IoU."""
     # One image after the other, so that memory grows with the prompts of one.
     logits, iou = jax.lax.map(lambda one: model.decode(*one), (embeddings, prompts))
-    return logits, iou
+    return logits.astype(jnp.float32), iou.astype(jnp.float32)
 
 
 def embed(image: Any, model: Sam) -> tuple[jax.Array, Frame]:

@@ -5,6 +5,8 @@ Source: segment-anything, `modeling/sam.py`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -35,11 +37,16 @@ class Sam(nnx.Module):
         self.prompt_encoder = PromptEncoder(config, rngs=rngs)
         self.mask_decoder = MaskDecoder(config, rngs=rngs)
 
+    @property
+    def dtype(self) -> Any:
+        """Of the parameters, in which products are made."""
+        return self.prompt_encoder.no_mask_embed.embedding[...].dtype
+
     def encode(
         self, pixels: Float[Array, "b y x 3"]
     ) -> tuple[Float[Array, "b h w 256"], dict[str, Array]]:
         """Normalised, padded pixels to (image embedding, encoder features by name)."""
-        return self.image_encoder(pixels)
+        return self.image_encoder(pixels.astype(self.dtype))
 
     def decode(
         self, embedding: Float[Array, "h w 256"], prompts: Prompts
@@ -52,4 +59,4 @@ class Sam(nnx.Module):
         prompts = jax.tree.map(jnp.asarray, prompts)
         sparse, dense = self.prompt_encoder(prompts)
         pe = self.prompt_encoder.dense_pe()
-        return self.mask_decoder(embedding, pe, sparse, dense, prompts.valid)
+        return self.mask_decoder(embedding.astype(self.dtype), pe, sparse, dense, prompts.valid)

@@ -83,6 +83,12 @@ def replaced(model: Sam, change: Callable[[str, Any], Any]) -> Sam:
     return nnx.merge(graphdef, nnx.from_flat_state(leaves))
 
 
+def cast(model: Sam, dtype: Any) -> Sam:
+    """The model in another dtype; the frequencies of positions stay: bf16 would move points."""
+    graph, parameters, rest = nnx.split(model, nnx.Param, ...)
+    return nnx.merge(graph, jax.tree.map(lambda x: x.astype(dtype), parameters), rest)
+
+
 def _check(config: SamConfig, arrays: Mapping[str, np.ndarray]) -> None:
     want = expected(config)
     problems = [f"missing {name} {want[name].shape}" for name in sorted(want.keys() - arrays)]

@@ -7,16 +7,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from samlight_jax.sam import Sam
-
-
-def cast(model: Sam, dtype: Any) -> Sam:
-    """The model in another dtype; the frequencies of positions stay: bf16 would move points."""
-    graph, parameters, rest = nnx.split(model, nnx.Param, ...)
-    return nnx.merge(graph, jax.tree.map(lambda x: x.astype(dtype), parameters), rest)
+from samlight_jax.weights import cast
 
 
 class Devices:

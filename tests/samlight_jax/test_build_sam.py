@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -70,6 +71,24 @@ def test_loading_at_another_size_resizes_the_tables(cache):
         samlight_jax.load(cache / "m.safetensors", image_size=1000)
     with pytest.raises(InputError, match="attention_scale='log': expected"):
         samlight_jax.load(cache / "m.safetensors", attention_scale="log")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", jnp.float16])
+def test_a_model_of_another_dtype_gives_float32_results_near_the_exact_ones(cache, dtype):
+    weights.save(cache / "m.safetensors", random_arrays(TINY), TINY)
+    exact, low = (samlight_jax.load(cache / "m.safetensors", dtype=d) for d in ("float32", dtype))
+    assert low.dtype == jnp.dtype(dtype)
+    image = np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)
+    want, got = (
+        samlight_jax.predict(image, **BOX, model=m, return_logits=True) for m in (exact, low)
+    )
+    for a, b in zip(want, got, strict=True):
+        assert b.dtype == np.float32 and (a != b).any()
+        assert np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.99
+    embedding = samlight_jax.encode(image, model=low)
+    assert embedding.dtype == np.float32 and embedding.shape == (4, 4, 256)
+    with pytest.raises(InputError, match="dtype='int8': expected one of float32, bfloat16"):
+        samlight_jax.load(cache / "m.safetensors", dtype="int8")
 
 
 def test_the_registry_has_sams_keys_and_every_preset(monkeypatch):

@@ -187,7 +187,7 @@ def test_a_bad_prompt_is_refused_before_the_encoder_runs(model, image, monkeypat
         samlight_jax.predict_batch([image], boxes=[[[9, 9, 3, 3]]], model=model)
 
 
-def test_twenty_photo_sizes_and_all_prompts_compile_once(model):
+def test_twenty_photo_sizes_and_all_prompts_compile_once_and_masks_once_more(model):
     jax.clear_caches()
     rng = np.random.default_rng(0)
     for i in range(20):
@@ -200,7 +200,7 @@ def test_twenty_photo_sizes_and_all_prompts_compile_once(model):
             parts["box"] = [1, 1, 15, 15]
         samlight_jax.predict(photo, **parts, model=model)
     assert pipeline._encode._cache_size() == 1
-    assert pipeline._decode._cache_size() == 1
+    assert pipeline._decode._cache_size() == 2  # with and without a mask as input
 
 
 @settings(max_examples=10)

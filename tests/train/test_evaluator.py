@@ -15,11 +15,10 @@ import pytest
 from pycocotools import mask as coco_mask
 
 import samlight_jax
-from samlight_jax import SamPredictor
+from samlight_jax import SamPredictor, weights
 from samlight_jax.preprocess import Frame
 from tests.models import random_model
 from train import evaluator_grid as grid
-from train import evaluator_mesh as mesh
 from train.annotations import open_dataset
 from train.detections import Detection, Detections
 from train.evaluate_tiny import tiny_data
@@ -297,7 +296,7 @@ def test_distinct_keeps_the_first_of_those_that_overlap():
 
 
 def test_bfloat16_casts_the_parameters_but_moves_no_point(dataset):
-    model = mesh.cast(random_model(), jnp.bfloat16)
+    model = weights.cast(random_model(), jnp.bfloat16)
     dtypes = collections.Counter(str(x.dtype) for x in jax.tree.leaves(model))
     assert dtypes["float32"] == 1 and dtypes["bfloat16"] > 50
     got, want = (
