@@ -84,8 +84,8 @@ class Start:
     def flops(self) -> float | None:
         """Of one photograph: the teacher's encoder once, the student's forward and backward."""
         config = self.task.config
-        teacher = 0.0 if config.teacher_cache else _flops(self.teacher)
-        student = _flops(weights.build(self.task.student, self.arrays, folded=False))
+        teacher = 0.0 if config.teacher_cache else flops_of(self.teacher)
+        student = flops_of(weights.build(self.task.student, self.arrays, folded=False))
         return teacher + 3 * student if student else None
 
     def state(self, found: dict[str, Moments] | None = None) -> State:
@@ -156,7 +156,7 @@ def _shapes(model: Sam) -> Any:
     return nnx.eval_shape(lambda model, x: model.encode(x), model, pixels)
 
 
-def _flops(model: Sam) -> float:
+def flops_of(model: Sam) -> float:
     """Of the encoder for one image, as XLA counts them where no kernel hides some."""
     side = model.config.image_size
     pixels = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)

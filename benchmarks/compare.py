@@ -1,0 +1,157 @@
+"""Program: every model beside its peers on one device in one run; writes compare_<device>.json.
+
+Run: `python -m benchmarks.compare` with PyTorch, segment-anything and timm installed. Each subject
+runs in a process of its own, so that neither memory nor a warm cache is shared; inputs lie on the
+device. Latency is a call that is waited for; throughput are calls in a row. Before anything is
+timed, an embedding is held against the same weights' in float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from benchmarks import compare_subjects
+from pallas_kernels import measure
+from samlight_jax.errors import InputError, exit_on_error
+
+RESULTS = Path(__file__).parent / "results"
+BATCHES = (1, 16, 64)
+PROMPTS = (1, 16, 256)
+SIDES = (512, 768, 1024, 1536, 2048)
+SPEND = 0.4  # seconds on one figure
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Times encoders and whole predictions of this package and of its peers.
+
+    Attributes:
+      subjects: names of `compare_subjects.SUBJECTS`; all by default.
+      output: the JSON; what it holds of other subjects stays if the device is the same.
+      limit: seconds for one subject.
+      only: times this one subject in this process and prints its row; for the program itself.
+      tiny: small models and sides, to see the program work.
+    """
+
+    subjects: tuple[str, ...] = ()
+    output: Path | None = None
+    limit: int = 300
+    only: str | None = None
+    tiny: bool = False
+
+
+def main() -> None:
+    """Runs the program; bad input ends it with one sentence and exit code 2."""
+    exit_on_error(lambda: _main(tyro.cli(Options)))
+
+
+def _main(options: Options) -> None:
+    if options.only is not None:
+        subject = compare_subjects.SUBJECTS[options.only](tiny=options.tiny)
+        print(json.dumps(measured(subject, tiny=options.tiny)))
+        return
+    names = options.subjects or tuple(compare_subjects.SUBJECTS)
+    if unknown := sorted(set(names) - set(compare_subjects.SUBJECTS)):
+        known = ", ".join(compare_subjects.SUBJECTS)
+        raise InputError(f"--subjects {' '.join(unknown)}: expected some of {known}.")
+    machine = json.loads(_child("import json; from pallas_kernels import measure; "
+                                "print(json.dumps(measure.machine()))"))  # fmt: skip
+    slug = machine["device"].lower().split()[-1]
+    path = options.output or RESULTS / f"compare_{slug}.json"
+    report = {**machine, "rows": {}}
+    if path.exists() and (before := json.loads(path.read_text()))["device"] == machine["device"]:
+        report["rows"] = before["rows"]
+    for name in names:
+        report["rows"][name] = row = _row(name, options)
+        measure.write_json(path, report)
+        print(f"{name}: {row.get('failed') or _line(row)}", flush=True)
+
+
+def _line(row: Row) -> str:
+    batches = ", ".join(f"b{b} {ms:.3g}" for b, ms in row["encoder_ms_per_image"].items())
+    return f"latency {row['encoder_latency_ms']:.3g} ms; ms an image: {batches}"
+
+
+def _child(code: str) -> str:
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return run.stdout.splitlines()[-1]
+
+
+def _row(name: str, options: Options) -> Row:
+    """What a process of its own measured, or why it did not."""
+    command = [sys.executable, "-m", "benchmarks.compare", "--only", name]
+    command += ["--tiny"] if options.tiny else []
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=options.limit)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"took longer than {options.limit} s."}
+    if run.returncode:
+        lines = run.stderr.strip().splitlines() or ["no message"]
+        return {"failed": lines[-1]}
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def measured(subject: Any, *, tiny: bool = False) -> Row:
+    """All figures of one subject; those it has no way to make are left out."""
+    side = subject.side
+    row: Row = {**subject.described(), "parity": subject.parity()}
+    one = subject.encoder(1, side)
+    row["encoder_latency_ms"] = latency(one, subject.wait)
+    row["memory_mib"] = subject.memory_mib()
+    row["encoder_ms_per_image"] = {}
+    for batch in BATCHES[:2] if tiny else BATCHES:
+        ms = throughput(subject.encoder(batch, side), subject.wait)
+        row["encoder_ms_per_image"][batch] = measure.digits(ms / batch)
+    for key, values, make in (
+        ("predict_ms", PROMPTS[:2] if tiny else PROMPTS, subject.predict),
+        ("prompts_ms", PROMPTS[:2] if tiny else PROMPTS, subject.prompts),
+    ):
+        calls = {n: call for n in values if (call := make(n)) is not None}
+        row[key] = {n: latency(call, subject.wait) for n, call in calls.items()}
+    row["side_ms"] = {}
+    for other in (side, 2 * side) if tiny else SIDES:
+        if (call := subject.encoder(1, other)) is not None:
+            row["side_ms"][other] = throughput(call, subject.wait)
+    return row
+
+
+def latency(call: Callable[[], Any], wait: Callable[[], None]) -> float:
+    """Median milliseconds of a call that is waited for."""
+    return _median(call, 1, wait)
+
+
+def throughput(call: Callable[[], Any], wait: Callable[[], None]) -> float:
+    """Median milliseconds of a call among others in a row."""
+    return _median(call, 10, wait)
+
+
+def _median(call: Callable[[], Any], row: int, wait: Callable[[], None]) -> float:
+    for _ in range(3):
+        call()
+    wait()
+
+    def spent() -> float:
+        start = time.perf_counter()
+        for _ in range(row):
+            call()
+        wait()
+        return 1e3 * (time.perf_counter() - start) / row
+
+    once = spent()
+    samples = int(min(max(1e3 * SPEND / (row * once), 3), 50))
+    return measure.digits(float(np.median([spent() for _ in range(samples)])))
+
+
+if __name__ == "__main__":
+    main()
