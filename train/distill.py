@@ -163,6 +163,8 @@ class Run:
             before = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - before
+            if pending and not pending[-1][1]["loss"].is_ready():
+                waited = 0.0  # the devices are still busy with the step before
             state, measures = advance(state, self.teacher, batch)
             pending.append((done - 1, measures, waited))
             settle(AHEAD)
