@@ -100,6 +100,7 @@ class TrainConfig:
       heads: the same.
       init_from: a model file or a run's folder to start from; stages 2 and 3 need one.
       inherit: start the encoder from slices of the teacher's (both must be ViTs).
+      init_scale: of the blocks' random matrices, in units of LeCun's.
       image_size: side of the square frame in pixels.
       steps: of the optimizer.
       batch: photographs a step, over all devices.
@@ -152,6 +153,7 @@ class TrainConfig:
     heads: int | None = None
     init_from: str | None = None
     inherit: bool = False
+    init_scale: float = 1.0
     image_size: int = 1024
     steps: int = 10_000
     batch: int = 48
@@ -192,7 +194,7 @@ class TrainConfig:
         for name in ("steps", "batch", "accumulate", "canvas", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}: expected 1 or more.")
-        for name in ("lr", "decoder_lr", "clip"):
+        for name in ("init_scale", "lr", "decoder_lr", "clip"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name}={getattr(self, name)}: expected more than 0.")
         for name in ("warmup", "weight_decay", "embedding_weight", "max_bad", "sheet_every"):

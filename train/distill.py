@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import itertools
 import os
 import signal
 import sys
@@ -44,13 +45,15 @@ class Run:
 
     Args:
       config: of the run.
+      resident: the same photographs, if they lie on the devices already.
 
     Attributes:
       stopped: set it, and the run saves and ends after its current step.
     """
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, resident: data.Resident | None = None):
         self.config, self.folder, self.stopped = config, Path(config.out), False
+        self.begun: tuple[State, Any] | None = None
         self.mesh = sharding.make_mesh(config.mesh)
         parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"] * config.accumulate
         if config.batch % parts:
@@ -70,8 +73,9 @@ class Run:
         self.task = self.start.task
         self.cache = self._cache()
         self.teacher = self.start.place_teacher(self.mesh)
-        resident = config.cache_photos == "device"
-        self.resident = data.Resident(self.photos, self.mesh) if resident else None
+        if resident is None and config.cache_photos == "device":
+            resident = data.Resident(self.photos, self.mesh)
+        self.resident = resident
         items = data.Items(None if resident else self.photos, self.cache, len(self.photos))
         rows = sharding.rows_of(jax.process_index(), jax.process_count(), config.batch)
         self.rows = data.Rows(items, config.seed, rows, config.batch, config.steps)
@@ -128,9 +132,18 @@ class Run:
             moments = prepared(self.task, self.teacher, self.look, self.batches(0))
         return sharding.placed(self.start.state(moments), where)
 
+    def begin(self) -> tuple[State, Any]:
+        """The first state and the compiled step: what `run` would do first, ahead of it."""
+        state, step = self.state(), make_step(self.task, self.look)
+        for batch in itertools.islice(self.batches(int(state.step)), 1):  # none at the run's end
+            step = step.lower(state, self.teacher, batch).compile()
+        self.begun = state, step
+        return self.begun
+
     def run(self) -> None:
         """Trains until the end or until it is told to stop; then writes the model."""
-        state = self.state()
+        state, advance = self.begun or self.begin()
+        self.begun = None  # the state's memory is given to the next one
         start = int(state.step)
         if start:
             self.say(f"continues at step {start} of {self.config.steps}")
@@ -142,7 +155,7 @@ class Run:
             writes=self.writes,
         )
         with log:
-            state = self._steps(state, start, log)
+            state = self._steps(state, advance, start, log)
         self._save(state)
         self.checkpoints.close()
         if int(state.step) < self.config.steps:
@@ -150,8 +163,7 @@ class Run:
         else:
             self._write(state)
 
-    def _steps(self, state: State, start: int, log: Log) -> State:
-        advance = make_step(self.task, self.look)
+    def _steps(self, state: State, advance: Any, start: int, log: Log) -> State:
         batches, pending = self.batches(start), collections.deque()
 
         def settle(few: int) -> None:

@@ -181,7 +181,7 @@ def _student_arrays(
                 f"{student.encoder}: give the same --student, --width, --depth and --heads."
             )
         return arrays
-    arrays = fresh(student, config.seed)
+    arrays = fresh(student, config.seed, config.init_scale)
     if config.inherit:
         arrays |= inherited(student, teacher, teacher_config, arrays)
     return with_decoder_of(arrays, teacher)

@@ -264,7 +264,7 @@ def update(
         )
     updates, optimizer = task.optimizer.update(gradients, state.optimizer, state.params)
     params: Any = optax.apply_updates(state.params, updates)
-    measures["gradient"] = optax.global_norm(gradients)
+    measures["gradient"] = optax.tree.norm(gradients)
     # Short at first, so that the random start is soon forgotten.
     decay = jnp.minimum(config.ema, (1.0 + state.step) / (10.0 + state.step))
     now = {**params, **statistics}

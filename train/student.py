@@ -55,8 +55,10 @@ def student_config(config: TrainConfig, teacher: SamConfig) -> SamConfig:
         raise InputError(f"This student cannot be: {error}") from None
 
 
-def fresh(config: SamConfig, seed: int) -> Arrays:
+def fresh(config: SamConfig, seed: int, scale: float = 1.0) -> Arrays:
     """Random arrays of an encoder: products keep the variance (LeCun), norms do nothing yet.
+
+    Those of the blocks are `scale` times that.
 
     By NumPy: to compile the modules' own draws takes longer than the first steps of a run.
     """
@@ -65,7 +67,8 @@ def fresh(config: SamConfig, seed: int) -> Arrays:
     def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
         if name.endswith(".kernel"):
             inputs = math.prod(shape[:-1])
-            return rng.normal(0, inputs**-0.5, shape).astype(np.float32)
+            own = scale if ".blocks." in name else 1.0
+            return rng.normal(0, own * inputs**-0.5, shape).astype(np.float32)
         return np.full(shape, name.endswith((".scale", ".var")), np.float32)
 
     wanted = {n: x.shape for n, x in weights.expected(config).items() if n.startswith(ENCODER)}

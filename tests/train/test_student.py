@@ -85,6 +85,8 @@ def test_fresh_products_keep_the_variance():
         kernel = found[f"{name}.kernel"]
         error = 4 / (2 * kernel.size) ** 0.5  # four deviations of a deviation
         np.testing.assert_allclose(kernel.std(), count**-0.5, rtol=error)
+        smaller = student.fresh(CONFIG, 0, 0.5)[f"image_encoder.{name}.kernel"]
+        np.testing.assert_allclose(smaller, kernel * (0.5 if "blocks." in name else 1))
     for name, x in found.items():
         if not name.endswith("kernel"):
             assert np.all(x == name.endswith(("norm1.scale", "norm2.scale", "bn.scale", "bn.var")))

@@ -1,0 +1,178 @@
+"""Program: short training runs that differ in one thing each; writes results/experiments.json.
+
+Run: `python -m benchmarks.experiments --data shards/*.tar --heldout heldout.csv`. An arm is a few
+flags of `train.distill` on top of the common ones. The photographs are decoded once for all arms,
+and while one trains, the next is compiled. Each is judged by its agreement with the teacher on the
+photographs held out (`train.evaluate --prompt teacher-grid`).
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from pallas_kernels import measure
+from samlight_jax.build_sam import keep_compilations
+from samlight_jax.errors import InputError, exit_on_error
+from train import data, distill, evaluate
+
+RESULTS = Path(__file__).parent / "results" / "experiments.json"
+COMMON = (
+    *("--config", "h200", "--stage", "1", "--schedule", "output_only"),
+    *("--steps", "480", "--ema", "0.99", "--sheet-every", "0", "--save-every", "1000000"),
+)
+MASKS = ("--stage", "2", "--steps", "225", "--batch", "32", "--lr", "3e-4", "--warmup", "20")
+ARMS: dict[str, tuple[str, ...]] = {  # @NAME stands for another arm's folder
+    "base": (),
+    "channels plain": ("--channels", "plain"),
+    "channels full": ("--channels", "full"),
+    "rate 3e-3": ("--lr", "3e-3"),
+    "half the initial scale": ("--init-scale", "0.5"),
+    "half the initial scale, rate 3e-3": ("--init-scale", "0.5", "--lr", "3e-3"),
+    "batches of 24, twice the steps": ("--batch", "24", "--steps", "960"),
+    "little colour, no mosaic, larger crops": (
+        *("--augment.mosaic", "0", "--augment.colour", "0.1", "--augment.scale", "0.4", "1"),
+    ),
+    "half the time at 512 pixels": ("--image-size", "512", "--batch", "192", "--steps", "240"),
+    "then at 1024": ("--init-from", "@half the time at 512 pixels", "--steps", "240"),
+    "AdamW": ("--optimizer", "adamw"),
+    "ramp over the blocks": ("--schedule", "ramp"),
+    "masks": (*MASKS, "--init-from", "@base"),
+    "masks, the nearest of three": (*MASKS, "--init-from", "@base", "--match", "nearest"),
+    "masks alone": (*MASKS, "--init-from", "@base", "--embedding-weight", "0"),
+    "masks, rate 1e-4": (*MASKS, "--init-from", "@base", "--lr", "1e-4"),
+}
+MEASURES = ("agreement", "agreement_point", "agreement_token", "embedding_cosine")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Trains and judges arms one after the other.
+
+    Attributes:
+      data: see `train.distill --data`.
+      heldout: a file that names photographs of the data: never trained on, judged on.
+      arms: names of `ARMS`; all by default. One that starts from another needs it before.
+      flags: more of `train.distill`'s for all arms, as one text.
+      work: folder of runs and reports.
+      output: the JSON; what it holds of other arms stays.
+      seconds: after which no arm is begun.
+      limit: photographs held out, evenly spaced; all by default.
+    """
+
+    data: tuple[str, ...]
+    heldout: Path
+    arms: tuple[str, ...] = ()
+    flags: str = ""
+    work: Path = Path("runs/experiments")
+    output: Path = RESULTS
+    seconds: float = 1e9
+    limit: int | None = None
+
+
+def main() -> None:
+    """Runs the program; bad input ends it with one sentence and exit code 2."""
+    exit_on_error(lambda: _main(tyro.cli(Options)))
+
+
+def _main(options: Options) -> None:
+    names = options.arms or tuple(ARMS)
+    if unknown := [name for name in names if name not in ARMS]:
+        raise InputError(f"--arms {unknown[0]!r}: expected some of {list(ARMS)}.")
+    keep_compilations()
+    begun = time.perf_counter()
+    report: dict[str, Any] = {"arms": {}}
+    if options.output.exists():
+        report = json.loads(options.output.read_text())
+    report |= {**measure.machine(), "common": " ".join((*COMMON, options.flags))}
+    made: dict[str, concurrent.futures.Future[distill.Run]] = {}
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        held = Held(options)
+        for i, name in enumerate(names):
+            if time.perf_counter() - begun > options.seconds:
+                print(f"{name} and what follows: out of time")
+                break
+            run = (made.get(name) or pool.submit(held.begin, name)).result()
+            if i + 1 < len(names) and name not in parents(names[i + 1]):
+                made[names[i + 1]] = pool.submit(held.begin, names[i + 1])
+            report["arms"][name] = row = held.judged(name, run)
+            measure.write_json(options.output, report)
+            print(f"{name}: {row}", flush=True)
+        pool.shutdown(cancel_futures=True)
+
+
+def parents(name: str) -> list[str]:
+    """The arms that one starts from."""
+    return [flag.removeprefix("@") for flag in ARMS[name] if flag.startswith("@")]
+
+
+class Held:
+    """What all arms share: the photographs on the devices, and those held out."""
+
+    def __init__(self, options: Options):
+        self.options, self.resident = options, None
+
+    def folder(self, name: str) -> str:
+        """Of an arm's run."""
+        return str(self.options.work / name.replace(",", "").replace(" ", "_"))
+
+    def begin(self, name: str) -> distill.Run:
+        """An arm ready to run."""
+        own = (self.folder(f[1:]) if f.startswith("@") else f for f in ARMS[name])
+        place = ("--data", *self.options.data, "--exclude", str(self.options.heldout))
+        more = (*self.options.flags.split(), *own, "--out", self.folder(name))
+        config = distill.parse([*COMMON, *place, *more])
+        run = distill.Run(config, self._photographs(config))
+        run.begin()
+        return run
+
+    def _photographs(self, config: Any) -> data.Resident | None:
+        if self.resident is None and config.cache_photos == "device":
+            photos = data.Photos(config.data, config.exclude, config.canvas, config.max_bad)
+            self.resident = data.Resident(photos, distill.sharding.make_mesh(config.mesh))
+        return self.resident
+
+    def judged(self, name: str, run: distill.Run) -> dict[str, Any]:
+        """Trains an arm; its flags, speed and agreement."""
+        start = time.perf_counter()
+        with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+            run.run()
+        spent = time.perf_counter() - start
+        metrics = Path(self.folder(name), "metrics.jsonl").read_text().splitlines()
+        last = json.loads(metrics[-1])
+        options = evaluate.Options(
+            model=str(Path(self.folder(name), distill.MODEL)),
+            data="folder",
+            root=self.options.data,
+            only=(self.options.heldout,),
+            prompt="teacher-grid",
+            agree_with=run.config.teacher,
+            out=Path(self.folder(name), "heldout"),
+            overwrite=True,
+            pictures=0,
+            limit=self.options.limit,
+        )
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            evaluate.evaluate(options)
+        results = json.loads((options.out / "report.json").read_text())["results"]
+        return {
+            "flags": " ".join(ARMS[name]),
+            "passes": run.config.steps * run.config.batch,
+            "seconds": round(spent, 1),
+            "images_per_s": last["images_per_s"],
+            "loss": last["loss"],
+            **{key: [round(results[key][k], 4) for k in ("value", "low", "high")]
+               for key in MEASURES},
+        }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
