@@ -78,6 +78,9 @@ def test_rows_of_other_subjects_stay_and_failures_are_written(tmp_path, monkeypa
 @pytest.mark.slow
 def test_a_model_of_ours_is_measured_on_a_cpu():
     subject = compare_subjects.SUBJECTS["samlight_t, float32"](tiny=True)
-    row = compare.measured(subject, tiny=True)
-    assert row["parity"] == 1 and row["encoder_flops"] > 1e9
-    assert row["predict_ms"].keys() == row["prompts_ms"].keys() == {1, 16}
+    assert subject.described()["encoder_flops"] > 1e9 and subject.memory_mib() > 40
+    for call in (subject.encoder(2, subject.side), subject.predict(1), subject.prompts(2)):
+        call()
+        subject.wait()
+    logits, iou = subject.result
+    assert logits.shape == (2, 4, 64, 64) and iou.shape == (2, 4)
