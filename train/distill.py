@@ -123,8 +123,7 @@ class Run:
 
     def state(self) -> State:
         """The state to go on from."""
-        abstract = jax.eval_shape(self.start.state)
-        where = sharding.shardings(abstract, self.mesh)
+        abstract, where = self._abstract()
         if self.checkpoints.latest is not None:
             return self.checkpoints.restore(abstract, where)[0]
         moments = None
@@ -132,9 +131,15 @@ class Run:
             moments = prepared(self.task, self.teacher, self.look, self.batches(0))
         return sharding.placed(self.start.state(moments), where)
 
+    def _abstract(self) -> tuple[State, State]:
+        """Shapes of the state, and where its arrays lie."""
+        abstract = jax.eval_shape(self.start.state)
+        return abstract, sharding.shardings(abstract, self.mesh)
+
     def begin(self) -> tuple[State, Any]:
         """The first state and the compiled step: what `run` would do first, ahead of it."""
-        state, step = self.state(), make_step(self.task, self.look)
+        state = self.state()
+        step = make_step(self.task, self.look, self._abstract()[1])
         for batch in itertools.islice(self.batches(int(state.step)), 1):  # none at the run's end
             step = step.lower(state, self.teacher, batch).compile()
         self.begun = state, step

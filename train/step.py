@@ -274,17 +274,17 @@ def update(
     ), measures
 
 
-def make_step(task: Task, look: Callable[..., Any], donate: bool = True) -> Any:
+def make_step(task: Task, look: Callable[..., Any], where: State) -> Any:
     """The jitted step: (state, teacher, batch) to (state, measures).
 
     Args:
       task: what to do.
       look: (batch, keys) to `Seen`.
-      donate: let the new state take the old one's memory.
+      where: the state's shardings; a new state lies where the old one did, in its memory.
     """
 
     def step(state: State, teacher: Sam, batch: Any) -> tuple[State, Measures]:
         keys = keys_of(task.config.seed, state.step, task.config.batch)
         return update(task, state, teacher, look(batch, keys), keys)
 
-    return jax.jit(step, donate_argnums=(0,) if donate else ())
+    return jax.jit(step, donate_argnums=(0,), out_shardings=(where, None))
