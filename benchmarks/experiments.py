@@ -2,8 +2,8 @@
 
 Run: `python -m benchmarks.experiments --data shards/*.tar --heldout heldout.csv`. An arm is a few
 flags of `train.distill` on top of the common ones. The photographs are decoded once for all arms,
-and while one trains, the next is compiled. Each is judged by its agreement with the teacher on the
-photographs held out (`train.evaluate --prompt teacher-grid`).
+and while one trains, the next is compiled and the one before judged: by its agreement with the
+teacher on the photographs held out (`train.evaluate --prompt teacher-grid`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import contextlib
 import dataclasses
 import io
 import json
+import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,8 @@ ARMS: dict[str, tuple[str, ...]] = {  # @NAME stands for another arm's folder
     "channels plain": ("--channels", "plain"),
     "channels full": ("--channels", "full"),
     "rate 3e-3": ("--lr", "3e-3"),
+    "warm-up of 30 steps": ("--warmup", "30"),
     "half the initial scale": ("--init-scale", "0.5"),
-    "half the initial scale, rate 3e-3": ("--init-scale", "0.5", "--lr", "3e-3"),
     "batches of 24, twice the steps": ("--batch", "24", "--steps", "960"),
     "little colour, no mosaic, larger crops": (
         *("--augment.mosaic", "0", "--augment.colour", "0.1", "--augment.scale", "0.4", "1"),
@@ -50,6 +52,7 @@ ARMS: dict[str, tuple[str, ...]] = {  # @NAME stands for another arm's folder
     "masks alone": (*MASKS, "--init-from", "@base", "--embedding-weight", "0"),
     "masks, rate 1e-4": (*MASKS, "--init-from", "@base", "--lr", "1e-4"),
 }
+TEACHER = distill.TrainConfig().teacher
 MEASURES = ("agreement", "agreement_point", "agreement_token", "embedding_cosine")
 
 
@@ -88,25 +91,45 @@ def _main(options: Options) -> None:
     if unknown := [name for name in names if name not in ARMS]:
         raise InputError(f"--arms {unknown[0]!r}: expected some of {list(ARMS)}.")
     keep_compilations()
-    begun = time.perf_counter()
     report: dict[str, Any] = {"arms": {}}
     if options.output.exists():
         report = json.loads(options.output.read_text())
     report |= {**measure.machine(), "common": " ".join((*COMMON, options.flags))}
+    shown = sys.stdout
+
+    def note(name: str, row: dict[str, Any]) -> None:
+        report["arms"][name] = row
+        measure.write_json(options.output, report)
+        print(f"{name}: {row}", file=shown, flush=True)
+
+    quiet = io.StringIO()  # progress bars and tables of the programs
+    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+        for name in run_arms(Held(options), names, note):
+            print(f"{name}: out of time", file=shown)
+
+
+def run_arms(held: Held, names: Sequence[str], note: Callable[..., None]) -> Sequence[str]:
+    """Trains arms; beside each the next is compiled and the one before judged. Those left out."""
+    begun, options = time.perf_counter(), held.options
     made: dict[str, concurrent.futures.Future[distill.Run]] = {}
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        held = Held(options)
+    judged = []
+    aside = concurrent.futures.ThreadPoolExecutor
+    with aside(1) as compiling, aside(1) as judging:
         for i, name in enumerate(names):
             if time.perf_counter() - begun > options.seconds:
-                print(f"{name} and what follows: out of time")
                 break
-            run = (made.get(name) or pool.submit(held.begin, name)).result()
-            if i + 1 < len(names) and name not in parents(names[i + 1]):
-                made[names[i + 1]] = pool.submit(held.begin, names[i + 1])
-            report["arms"][name] = row = held.judged(name, run)
-            measure.write_json(options.output, report)
-            print(f"{name}: {row}", flush=True)
-        pool.shutdown(cancel_futures=True)
+            run = (made.get(name) or compiling.submit(held.begin, name)).result()
+            for after in names[i + 1 : i + 2]:
+                if name not in parents(after):
+                    made[after] = compiling.submit(held.begin, after)
+            row = held.trained(name, run)
+            judged.append(judging.submit(lambda *of: note(of[0], held.judged(*of)), name, row))
+        else:
+            i = len(names)
+        compiling.shutdown(cancel_futures=True)
+    for one in judged:
+        one.result()
+    return names[i:]
 
 
 def parents(name: str) -> list[str]:
@@ -140,38 +163,39 @@ class Held:
             self.resident = data.Resident(photos, distill.sharding.make_mesh(config.mesh))
         return self.resident
 
-    def judged(self, name: str, run: distill.Run) -> dict[str, Any]:
-        """Trains an arm; its flags, speed and agreement."""
+    def trained(self, name: str, run: distill.Run) -> dict[str, Any]:
+        """Trains an arm; its flags and speed."""
         start = time.perf_counter()
-        with contextlib.redirect_stderr(io.StringIO()):  # progress bars
-            run.run()
-        spent = time.perf_counter() - start
+        run.run()
         metrics = Path(self.folder(name), "metrics.jsonl").read_text().splitlines()
         last = json.loads(metrics[-1])
+        return {
+            "flags": " ".join(ARMS[name]),
+            "passes": run.config.steps * run.config.batch,
+            "seconds": round(time.perf_counter() - start, 1),
+            "images_per_s": last["images_per_s"],
+            "loss": last["loss"],
+        }
+
+    def judged(self, name: str, row: dict[str, Any]) -> dict[str, Any]:
+        """The same, and its agreement with the teacher."""
         options = evaluate.Options(
             model=str(Path(self.folder(name), distill.MODEL)),
             data="folder",
             root=self.options.data,
             only=(self.options.heldout,),
             prompt="teacher-grid",
-            agree_with=run.config.teacher,
+            agree_with=TEACHER,
             out=Path(self.folder(name), "heldout"),
             overwrite=True,
             pictures=0,
             limit=self.options.limit,
         )
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            evaluate.evaluate(options)
+        evaluate.evaluate(options)
         results = json.loads((options.out / "report.json").read_text())["results"]
-        return {
-            "flags": " ".join(ARMS[name]),
-            "passes": run.config.steps * run.config.batch,
-            "seconds": round(spent, 1),
-            "images_per_s": last["images_per_s"],
-            "loss": last["loss"],
-            **{key: [round(results[key][k], 4) for k in ("value", "low", "high")]
-               for key in MEASURES},
-        }  # fmt: skip
+        for key in MEASURES:
+            row[key] = [round(results[key][end], 4) for end in ("value", "low", "high")]
+        return row
 
 
 if __name__ == "__main__":
