@@ -10,9 +10,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from pallas_kernels import chain, dilated_attention_qkvpacked
+from pallas_kernels import chain, dilated_attention_qkvpacked, window_attention
 from pallas_kernels.dilated_attention.groups import fit
 from samlight_jax.config import Pattern, SamConfig, ViTConfig, attention_scale
+from samlight_jax.layers import layer_norm
 
 TRAINED_GRID = 64  # tokens on a side at 1024 pixels, where every checkpoint was trained
 
@@ -124,3 +125,30 @@ def resize_rel_pos(table: np.ndarray, keys: int) -> np.ndarray:
     """
     shape = (2 * keys - 1, table.shape[1])
     return np.asarray(jax.image.resize(table, shape, "linear", antialias=False))
+
+
+class WindowAttention(nnx.Module):
+    """TinyViT's: within windows that divide the map, a learned bias for every pair of |offsets|.
+
+    Source: MobileSAM, `modeling/tiny_vit_sam.py`, `Attention`.
+    """
+
+    def __init__(self, width: int, heads: int, window: int, *, rngs: nnx.Rngs):
+        self.heads, self.window = heads, window
+        self.norm = layer_norm(width, 1e-5, rngs=rngs)
+        self.qkv = nnx.Linear(width, 3 * width, rngs=rngs)
+        self.proj = nnx.Linear(width, width, rngs=rngs)
+        self.attention_biases = nnx.Param(jnp.zeros((heads, window * window)))
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        qkv = self.qkv(self.norm(x))
+        # Each head's q, k and v lie side by side, unlike SAM's packing.
+        qkv = qkv.reshape(*x.shape[:3], self.heads, 3, x.shape[3] // self.heads)
+        bias = self.attention_biases[...][:, _offsets(self.window)].astype(qkv.dtype)
+        return self.proj(window_attention(qkv, bias, window=self.window).reshape(x.shape))
+
+
+def _offsets(window: int) -> np.ndarray:
+    """(n, n): the index of |row offset|, |column offset| for every pair of a window's tokens."""
+    rows, columns = np.divmod(np.arange(window * window), window)
+    return abs(rows[:, None] - rows) * window + abs(columns[:, None] - columns)

@@ -5,12 +5,11 @@ Source: MobileSAM, `modeling/tiny_vit_sam.py`; TinyViT, arXiv 2207.10666.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from samlight_jax.attention import WindowAttention
 from samlight_jax.config import SamConfig, TinyViTConfig
 from samlight_jax.layers import ConvNorm, Neck, gelu, layer_norm
 
@@ -55,35 +54,6 @@ class PatchMerging(nnx.Module):
         return self.conv3(gelu(self.conv2(gelu(self.conv1(x)))))
 
 
-class WindowAttention(nnx.Module):
-    """Attention within one window, with a learned bias for every pair of |offsets|."""
-
-    def __init__(self, width: int, heads: int, window: int, *, rngs: nnx.Rngs):
-        self.heads, self.window = heads, window
-        self.norm = layer_norm(width, 1e-5, rngs=rngs)
-        self.qkv = nnx.Linear(width, 3 * width, rngs=rngs)
-        self.proj = nnx.Linear(width, width, rngs=rngs)
-        self.attention_biases = nnx.Param(jnp.zeros((heads, window * window)))
-
-    def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
-        b, n, c = x.shape
-        head_dim = c // self.heads
-        # Each head's q, k and v lie side by side, unlike SAM's packing.
-        qkv = self.qkv(self.norm(x)).reshape(b, n, self.heads, 3, head_dim)
-        q, k, v = jnp.moveaxis(qkv, 3, 0).swapaxes(2, 3)  # each (b, heads, n, head_dim)
-        scores = jnp.einsum("bhqd,bhkd->bhqk", q * head_dim**-0.5, k)
-        scores = scores + self.attention_biases[...][:, _offsets(self.window)]
-        weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(v.dtype)
-        out = jnp.einsum("bhqk,bhkd->bhqd", weights, v)
-        return self.proj(out.swapaxes(1, 2).reshape(b, n, c))
-
-
-def _offsets(window: int) -> np.ndarray:
-    """(n, n): the index of |row offset|, |column offset| for every pair of a window's tokens."""
-    rows, columns = np.divmod(np.arange(window * window), window)
-    return abs(rows[:, None] - rows) * window + abs(columns[:, None] - columns)
-
-
 class MlpNorm(nnx.Module):
     """LayerNorm and MLP."""
 
@@ -100,20 +70,16 @@ class TinyViTBlock(nnx.Module):
     """Window attention, a local convolution, and an MLP."""
 
     def __init__(self, encoder: TinyViTConfig, stage: int, *, folded: bool, rngs: nnx.Rngs):
-        width, self.window = encoder.widths[stage], encoder.windows[stage]
-        self.attn = WindowAttention(width, encoder.heads[stage], self.window, rngs=rngs)
+        width = encoder.widths[stage]
+        self.attn = WindowAttention(width, encoder.heads[stage], encoder.windows[stage], rngs=rngs)
         self.local_conv = ConvNorm((width, width), 3, depthwise=True, folded=folded, rngs=rngs)
         self.mlp = MlpNorm(width, int(width * encoder.mlp_ratio), rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        b, height, width, c = x.shape
-        s = self.window
+        height, width = x.shape[1:3]
+        down, right = -height % self.attn.window, -width % self.attn.window
         # Zeros before the norm: padding then carries the norm's bias and is attended.
-        padded = jnp.pad(x, ((0, 0), (0, -height % s), (0, -width % s), (0, 0)))
-        rows, columns = padded.shape[1] // s, padded.shape[2] // s
-        windows = padded.reshape(b, rows, s, columns, s, c).swapaxes(2, 3)
-        y = self.attn(windows.reshape(-1, s * s, c))
-        y = y.reshape(b, rows, columns, s, s, c).swapaxes(2, 3).reshape(padded.shape)
+        y = self.attn(jnp.pad(x, ((0, 0), (0, down), (0, right), (0, 0))))
         x = self.local_conv(x + y[:, :height, :width])
         return x + self.mlp(x)
 

@@ -21,10 +21,8 @@ NAME = "triton"
 DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32)
 
 
-def unsupported(
-    qkv: Arrays, rel: Arrays, *, grid: groups.Grid, offsets: str, scale: float
-) -> str | None:
-    """One sentence that says why `run` would not do, or None."""
+def missing(dtype: Any) -> str | None:
+    """One sentence that says why no kernel of arrays of `dtype` runs here, or None."""
     if kernels.plt is None:
         return f"needs Pallas's Triton back end, which JAX {jax.__version__} no longer has."
     here = device.current()
@@ -32,8 +30,17 @@ def unsupported(
         return f"needs an NVIDIA GPU, but the device is {here.kind!r} ({here.platform})."
     if here.capability < (8, 0):
         return f"needs compute capability 8.0, but {here.kind!r} has {here.capability}."
-    if qkv[0].dtype not in DTYPES:
-        return f"takes float16, bfloat16 and float32, but {qkv[0].dtype=}."
+    if dtype not in DTYPES:
+        return f"takes float16, bfloat16 and float32, but {dtype=}."
+    return None
+
+
+def unsupported(
+    qkv: Arrays, rel: Arrays, *, grid: groups.Grid, offsets: str, scale: float
+) -> str | None:
+    """One sentence that says why `run` would not do, or None."""
+    if (reason := missing(qkv[0].dtype)) is not None:
+        return reason
     if qkv[0].shape[-1] % 16 or qkv[0].shape[-1] > 128:
         return f"takes a head_dim of 16 to 128 in steps of 16, but head_dim={qkv[0].shape[-1]}."
     return None

@@ -32,6 +32,14 @@ LOG2E = math.log2(math.e)
 LOWEST = -1e30  # of a maximum before its first key: finite, since -inf less -inf is NaN
 
 
+def dot(x: jax.Array, y: jax.Array, interpret: bool) -> jax.Array:
+    """A product with float32 sums; float32's own on tensor cores, where it takes three of TF32."""
+    precision = None
+    if x.dtype == jnp.float32:
+        precision = "highest" if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+    return jnp.dot(x, y, preferred_element_type=jnp.float32, precision=precision)
+
+
 @dataclasses.dataclass(frozen=True)
 class Cut:
     """One kernel's view of a call: which program does what, where a group's tokens lie.
@@ -58,14 +66,6 @@ class Cut:
         bits = [1 << i for i in reversed(range(8)) if self.head_dim >> i & 1]
         return tuple((sum(bits[:i]), size) for i, size in enumerate(bits))
 
-    @property
-    def precision(self) -> Any:
-        """Of products: float32's on tensor cores, where it takes three of TF32."""
-        if self.dtype != jnp.float32:
-            return None
-        interpret = self.call.device.interpret
-        return "highest" if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
-
     def programs(self, batch: int, block: int) -> int:
         """How many tiles of `block` tokens there are."""
         grid = self.call.grid
@@ -75,18 +75,18 @@ class Cut:
     def place(self, program: Any, block: int) -> tuple[Any, Any, Any, Any, Any]:
         """(batch, segment, residue, head, tile) of a program; tiles of a group are neighbours."""
         grid = self.call.grid
-        rest, tile = _divmod(program, pl.cdiv(grid.keys, block))
-        rest, head = _divmod(rest, self.heads)
-        rest, residue = _divmod(rest, grid.residues)
-        batch, segment = _divmod(rest, math.prod(grid.segments))
+        rest, tile = div_rem(program, pl.cdiv(grid.keys, block))
+        rest, head = div_rem(rest, self.heads)
+        rest, residue = div_rem(rest, grid.residues)
+        batch, segment = div_rem(rest, math.prod(grid.segments))
         return batch, segment, residue, head, tile
 
     def tokens(self, segment: Any, residue: Any, index: jax.Array) -> tuple[jax.Array, Any]:
         """(flat position on the map, whether it is a real token) of a group's tokens."""
         grid = self.call.grid
-        sy, sx = _divmod(segment, grid.segments[1])
-        ry, rx = _divmod(residue, grid.dilation[1])
-        row, column = _divmod(index, grid.group[1])
+        sy, sx = div_rem(segment, grid.segments[1])
+        ry, rx = div_rem(residue, grid.dilation[1])
+        row, column = div_rem(index, grid.group[1])
         y = sy * grid.segment[0] + ry + row * grid.dilation[0]
         x = sx * grid.segment[1] + rx + column * grid.dilation[1]
         real = index < grid.keys
@@ -100,8 +100,8 @@ class Cut:
         return grid.keys % block != 0 or grid.size != grid.padded
 
 
-def _divmod(x: Any, by: int) -> tuple[Any, Any]:
-    # Of numbers that are not negative; `//` would treat the sign.
+def div_rem(x: Any, by: int) -> tuple[Any, Any]:
+    """Quotient and remainder of numbers that are not negative; `//` would treat the sign."""
     if by == 1:
         return x, jnp.zeros_like(x)
     return lax.div(x, jnp.full_like(x, by)), lax.rem(x, jnp.full_like(x, by))
@@ -200,7 +200,7 @@ class _Program:
         if not self.cut.call.own or residues == 1:
             attend()
             return
-        own = self.residue == _divmod(self.head, residues)[1]
+        own = self.residue == div_rem(self.head, residues)[1]
         pl.when(own)(attend)
         pl.when(jnp.logical_not(own))(nothing)
 
@@ -216,7 +216,7 @@ class _Program:
 
 
 def _dot(x: jax.Array, y: jax.Array, cut: Cut) -> jax.Array:
-    return jnp.dot(x, y, preferred_element_type=jnp.float32, precision=cut.precision)
+    return dot(x, y, cut.call.device.interpret)
 
 
 def _over_parts(x: list[jax.Array], y: list[jax.Array], cut: Cut) -> jax.Array:
@@ -258,12 +258,12 @@ class _Relative:
             row_term = self._look_up(0, self._row(keys))
             row_term = row_term[None] if self.transposed else row_term[:, None]
             return scores + LOG2E * (row_term + self.column_term)
-        row, column = _divmod(keys.index, self.columns)
+        row, column = div_rem(keys.index, self.columns)
         row = jnp.minimum(row, self.rows - 1)  # a last tile may go on beyond the last row
         return scores + LOG2E * (self._look_up(0, row) + self._look_up(1, column))
 
     def _row(self, keys: _Tile) -> jax.Array:
-        return _divmod(jnp.asarray(keys.start, jnp.int32), self.columns)[0]
+        return div_rem(jnp.asarray(keys.start, jnp.int32), self.columns)[0]
 
     def zeros(self) -> list[jax.Array]:
         """The sums that `grow` adds to: of columns, and of rows unless `grow` stores them."""
@@ -283,7 +283,7 @@ class _Relative:
             self.queries.store_relative(refs[0], self._row(keys), dscores.sum(1))
             return [sums[0] + dscores]
         # Summed by a product with 0 and 1; a narrow dtype holds a float32 in two numbers.
-        of_key = _divmod(keys.index, self.columns)
+        of_key = div_rem(keys.index, self.columns)
         cut, dtype = self.queries.cut, self.queries.cut.dtype
         numbers = [dscores.astype(dtype)]
         if dtype != jnp.float32:
