@@ -106,7 +106,8 @@ class TrainConfig:
       batch: photographs a step, over all devices.
       accumulate: parts a batch is computed in, one after the other.
       optimizer: muon (matrices of the blocks; AdamW for the rest) or adamw.
-      lr: peak of the encoder's rate, which falls as a cosine to zero.
+      lr: peak of the encoder's rate, which falls as a cosine.
+      lr_end: share of its peak that a rate ends at; 1 for a run that another continues.
       decoder_lr: the same of the mask decoder's, in stages 2 and 3.
       warmup: steps in which the rates rise.
       weight_decay: of matrices.
@@ -160,6 +161,7 @@ class TrainConfig:
     accumulate: int = 1
     optimizer: Literal["muon", "adamw"] = "muon"
     lr: float = 1.5e-3
+    lr_end: float = 0.0
     decoder_lr: float = 1e-4
     weight_decay: float = 0.05
     warmup: int = 100
@@ -210,6 +212,10 @@ class TrainConfig:
             )
         if self.prompts < 2 or self.prompts % 2:
             raise InputError(f"prompts={self.prompts}: expected an even number, half are boxes.")
+        if not 0 <= self.lr_end <= 1:
+            raise InputError(f"lr_end={self.lr_end}: expected a share of the peak, 0 to 1.")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed={self.seed}: expected a whole number from 0 to 2**32 - 1.")
         if not 0 <= self.layers_share < 1:
             raise InputError(f"layers_share={self.layers_share}: expected 0 up to below 1.")
         if not 0 <= self.ema < 1:

@@ -32,6 +32,7 @@ from samlight_jax.postprocess import LOW_RES
 from train import augment, cache, checkpoint, data, sharding, sheet
 from train.config import PRESETS, Augment, TrainConfig
 from train.log import Log
+from train.schedule import Pace
 from train.start import prepare, prepared
 from train.step import Seen, State, make_step
 
@@ -131,6 +132,9 @@ class Run:
             moments = prepared(self.task, self.teacher, self.look, self.batches(0))
         return sharding.placed(self.start.state(moments), where)
 
+    def _pace(self, step: int) -> Pace:
+        return jax.tree.map(lambda x: x[step], self.start.paces)
+
     def _abstract(self) -> tuple[State, State]:
         """Shapes of the state, and where its arrays lie."""
         abstract = jax.eval_shape(self.start.state)
@@ -141,7 +145,7 @@ class Run:
         state = self.state()
         step = make_step(self.task, self.look, self._abstract()[1])
         for batch in itertools.islice(self.batches(int(state.step)), 1):  # none at the run's end
-            step = step.lower(state, self.teacher, batch).compile()
+            step = step.lower(state, self.teacher, self._pace(0), batch).compile()
         self.begun = state, step
         return self.begun
 
@@ -155,7 +159,7 @@ class Run:
         log = Log(
             self.config,
             start,
-            rate=self.start.rate,
+            rates=self.start.paces.rate,
             flops=self.start.flops(),
             writes=self.writes,
         )
@@ -182,7 +186,7 @@ class Run:
             waited = time.perf_counter() - before
             if pending and not pending[-1][1]["loss"].is_ready():
                 waited = 0.0  # the devices are still busy with the step before
-            state, measures = advance(state, self.teacher, batch)
+            state, measures = advance(state, self.teacher, self._pace(done - 1), batch)
             pending.append((done - 1, measures, waited))
             settle(AHEAD)
             stops = self.stopped or self._preempted(done)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ class Log:
     Args:
       config: of the run.
       start: its first step.
-      rate: the learning rate by step.
+      rates: the encoder's learning rate, step by step.
       flops: of one photograph, forward and backward, or None.
       writes: whether this process does.
     """
@@ -35,11 +35,11 @@ class Log:
         config: TrainConfig,
         start: int,
         *,
-        rate: Callable[[int], Any],
+        rates: Sequence[float] | np.ndarray,
         flops: float | None,
         writes: bool,
     ):
-        self.config, self.rate, self.flops, self.writes = config, rate, flops, writes
+        self.config, self.rates, self.flops, self.writes = config, rates, flops, writes
         self.file, self.board = None, None
         if writes and config.tensorboard:
             self.board = _tensorboard(config.out)
@@ -97,7 +97,7 @@ class Log:
         now = time.perf_counter()
         spent, self.since = now - self.since, now
         speed = self.count * self.config.batch / spent
-        rate = float(self.rate(step - 1))
+        rate = float(self.rates[step - 1])
         values |= {"lr": rate, "images_per_s": speed, "waited": self.waited / spent}
         text = f"{speed:.1f} images/s  loss {values['loss']:.4f}  lr {rate:.2g}"
         if (peak := peak_flops()) and self.flops:

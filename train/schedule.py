@@ -1,15 +1,58 @@
-"""Which layers a student learns when: weights that move from early to late, then to the output.
+"""What changes by the step: rates, averaging, and which layers a student learns when.
 
-SAM-Lightening's own schedule is not public (arXiv 2403.09195 gives the idea alone): these are ours.
+The layers' weights move from early to late, then to the output. SAM-Lightening's own schedule is
+not public (arXiv 2403.09195 gives the idea alone): these are ours.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
 from train.config import Schedule, TrainConfig
+
+
+class Pace(NamedTuple):
+    """What one step takes from its place in the run; numbers, so that all runs share a program.
+
+    Attributes:
+      rate: () float32, of the encoder.
+      decoder_rate: () float32.
+      decay: () float32, of the averaged weights.
+      layers: (matched layers + 1,) float32, what they and, last, the output weigh in stage 1.
+      seed: () uint32, of the run.
+    """
+
+    rate: Any
+    decoder_rate: Any
+    decay: Any
+    layers: Any
+    seed: Any
+
+
+def paces(config: TrainConfig, layers: int) -> Pace:
+    """Those of all steps, on the host: the first axis is the step."""
+    steps = np.arange(config.steps)
+
+    def of_each(one: Any) -> np.ndarray:
+        return np.asarray(jax.jit(jax.vmap(one))(steps), np.float32)
+
+    def weights(step: Array) -> Array:
+        return layer_weights(config.schedule, step, config.steps, layers, config.layers_share)
+
+    return Pace(
+        of_each(rate(config, config.lr)),
+        of_each(rate(config, config.decoder_lr)),
+        # Short at first, so that the random start is soon forgotten.
+        np.minimum(config.ema, (1 + steps) / (10 + steps)).astype(np.float32),
+        of_each(weights),
+        np.full(config.steps, config.seed, np.uint32),
+    )
 
 
 def layer_weights(
@@ -40,6 +83,6 @@ def layer_weights(
 
 
 def rate(config: TrainConfig, peak: float) -> optax.Schedule:
-    """The learning rate by step: a linear rise, then a cosine down to zero."""
-    warmup = min(config.warmup, config.steps // 2)
-    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, config.steps)
+    """The learning rate by step: a linear rise, then a cosine down to its end."""
+    warmup, end = min(config.warmup, config.steps // 2), peak * config.lr_end
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, config.steps, end)

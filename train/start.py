@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -65,10 +66,10 @@ class Start:
     projectors: Arrays
     widths: dict[str, int]
 
-    @property
-    def rate(self) -> Any:
-        """The encoder's learning rate by step."""
-        return schedule.rate(self.task.config, self.task.config.lr)
+    @functools.cached_property
+    def paces(self) -> schedule.Pace:
+        """What each step takes from its place in the run."""
+        return schedule.paces(self.task.config, len(self.task.pairs))
 
     def place_teacher(self, mesh: jax.sharding.Mesh) -> Sam:
         """The teacher on the devices, in the products' dtype."""
@@ -201,8 +202,8 @@ def prepared(
     config, side = task.config, task.student.grid
 
     @jax.jit
-    def sums(teacher: Sam, batch: Any, step: Any) -> dict[str, Any]:
-        seen = look(batch, keys_of(config.seed, step, config.batch))
+    def sums(teacher: Sam, batch: Any, seed: Any, step: Any) -> dict[str, Any]:
+        seen = look(batch, keys_of(seed, step, config.batch))
         embedding, features = seen.taught, {}
         if embedding is None:
             embedding, features = teach(task, teacher, seen.views)
@@ -211,5 +212,8 @@ def prepared(
         return {name: moments(x, inside) for name, x in maps.items()}
 
     first = itertools.islice(batches, -(-SAMPLE // config.batch))
-    found = [jax.device_get(sums(teacher, batch, i)) for i, batch in enumerate(first)]
+    found = [
+        jax.device_get(sums(teacher, batch, np.uint32(config.seed), i))
+        for i, batch in enumerate(first)
+    ]
     return {name: combined([one[name] for one in found]) for name in found[0]}

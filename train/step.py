@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,9 +16,10 @@ from samlight_jax.config import SamConfig
 from samlight_jax.postprocess import LOW_RES
 from samlight_jax.prompts import Prompts
 from samlight_jax.sam import Sam
-from train import augment, losses, objects, schedule
+from train import augment, losses, objects
 from train.config import Channels, TrainConfig
 from train.losses import Moments
+from train.schedule import Pace
 from train.student import DECODER, PROJECTOR, Arrays, cast, encode, pooled, project
 
 EMBEDDING = "embedding"
@@ -79,26 +79,22 @@ class Task:
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Muon or AdamW for the encoder, AdamW at its own rate for the decoder."""
-    adamw = functools.partial(
-        optax.adamw,
+    """Muon or AdamW for the encoder, AdamW for the decoder, both for rates of 1: see `rated`."""
+    adamw = optax.adamw(
+        1.0,
         weight_decay=config.weight_decay,
         mask=lambda tree: jax.tree.map(lambda x: jnp.ndim(x) > 1, tree),
     )
-    rate = schedule.rate(config, config.lr)
     groups: Any = {
         # The step is scaled to AdamW's size, so that one rate serves both (arXiv 2502.16982).
-        "matrices": optax.contrib.muon(rate, weight_decay=config.weight_decay, consistent_rms=0.2),
-        "encoder": adamw(rate),
-        "decoder": adamw(schedule.rate(config, config.decoder_lr)),
+        "matrices": optax.contrib.muon(1.0, weight_decay=config.weight_decay, consistent_rms=0.2),
+        "others": adamw,
     }
 
     def label(name: str, x: Any) -> str:
-        if name.startswith(DECODER):
-            return "decoder"
         matrix = ".blocks." in name and name.endswith(".kernel") and jnp.ndim(x) == 2
-        muon = config.optimizer == "muon" and matrix and not name.startswith(PROJECTOR)
-        return "matrices" if muon else "encoder"
+        others = config.optimizer == "adamw" or name.startswith((DECODER, PROJECTOR))
+        return "matrices" if matrix and not others else "others"
 
     def labels(params: Arrays) -> dict[str, str]:
         return {name: label(name, x) for name, x in params.items()}
@@ -106,7 +102,15 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.clip), optax.partition(groups, labels))
 
 
-def keys_of(seed: int, step: Array, batch: int) -> Array:
+def rated(updates: Any, pace: Pace) -> Arrays:
+    """Updates at the encoder's and the decoder's own rates."""
+    return {
+        name: x * (pace.decoder_rate if name.startswith(DECODER) else pace.rate)
+        for name, x in updates.items()
+    }
+
+
+def keys_of(seed: Any, step: Array, batch: int) -> Array:
     """(batch,) random keys of a step, one a row."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
@@ -147,7 +151,7 @@ Measures = dict[str, Array]
 
 
 def stage_1(
-    task: Task, state: State, params: Arrays, teacher: Sam, seen: Seen, keys: Array
+    task: Task, state: State, params: Arrays, teacher: Sam, pace: Pace, seen: Seen, keys: Array
 ) -> tuple[Array, Measures, Arrays]:
     """Features: (loss, measures, statistics)."""
     config, views = task.config, seen.views
@@ -156,15 +160,12 @@ def stage_1(
     arrays = {name: x for name, x in arrays.items() if not name.startswith(PROJECTOR)}
     found = encode(task.student, arrays, views.pixels, dtype=config.dtype, remat=config.remat)
     terms = feature_terms(task, state, params, found, taught, views.inside(task.student.grid))
-    alphas = schedule.layer_weights(
-        config.schedule, state.step, config.steps, len(task.pairs), config.layers_share
-    )
-    total = jnp.dot(alphas, jnp.stack(list(terms.values())))
+    total = jnp.dot(pace.layers, jnp.stack(list(terms.values())))
     return total, {"loss": total, **terms}, found.statistics
 
 
 def stages_2_3(
-    task: Task, state: State, params: Arrays, teacher: Sam, seen: Seen, keys: Array
+    task: Task, state: State, params: Arrays, teacher: Sam, pace: Pace, seen: Seen, keys: Array
 ) -> tuple[Array, Measures, Arrays]:
     """Masks: (loss, measures, statistics)."""
     config, low_res = task.config, LOW_RES * task.student.grid
@@ -229,7 +230,7 @@ def _of_rounds(
 
 
 def update(
-    task: Task, state: State, teacher: Sam, seen: Seen, keys: Array
+    task: Task, state: State, teacher: Sam, pace: Pace, seen: Seen, keys: Array
 ) -> tuple[State, Measures]:
     """One update: the new state and what was measured."""
     config = task.config
@@ -237,7 +238,7 @@ def update(
 
     def lossy(params: Arrays, statistics: Arrays, part: Any) -> tuple[Array, Any]:
         now = state._replace(statistics=statistics)
-        total, measures, statistics = stage(task, now, params, teacher, *part)
+        total, measures, statistics = stage(task, now, params, teacher, pace, *part)
         return total, (measures, statistics)
 
     differentiate = jax.value_and_grad(lossy, has_aux=True)
@@ -263,11 +264,9 @@ def update(
             jax.tree.map(jnp.mean, measures),
         )
     updates, optimizer = task.optimizer.update(gradients, state.optimizer, state.params)
-    params: Any = optax.apply_updates(state.params, updates)
+    params: Any = optax.apply_updates(state.params, rated(updates, pace))
     measures["gradient"] = optax.tree.norm(gradients)
-    # Short at first, so that the random start is soon forgotten.
-    decay = jnp.minimum(config.ema, (1.0 + state.step) / (10.0 + state.step))
-    now = {**params, **statistics}
+    now, decay = {**params, **statistics}, pace.decay
     ema = {name: decay * x + (1 - decay) * now[name] for name, x in state.ema.items()}
     return State(
         state.step + 1, params, state.frozen, statistics, ema, optimizer, state.moments
@@ -275,7 +274,7 @@ def update(
 
 
 def make_step(task: Task, look: Callable[..., Any], where: State) -> Any:
-    """The jitted step: (state, teacher, batch) to (state, measures).
+    """The jitted step: (state, teacher, pace, batch) to (state, measures).
 
     Args:
       task: what to do.
@@ -283,8 +282,8 @@ def make_step(task: Task, look: Callable[..., Any], where: State) -> Any:
       where: the state's shardings; a new state lies where the old one did, in its memory.
     """
 
-    def step(state: State, teacher: Sam, batch: Any) -> tuple[State, Measures]:
-        keys = keys_of(task.config.seed, state.step, task.config.batch)
-        return update(task, state, teacher, look(batch, keys), keys)
+    def step(state: State, teacher: Sam, pace: Pace, batch: Any) -> tuple[State, Measures]:
+        keys = keys_of(pace.seed, state.step, task.config.batch)
+        return update(task, state, teacher, pace, look(batch, keys), keys)
 
     return jax.jit(step, donate_argnums=(0,), out_shardings=(where, None))

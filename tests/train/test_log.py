@@ -1,6 +1,7 @@
 import json
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from samlight_jax.errors import InputError
@@ -10,7 +11,7 @@ from train.config import TrainConfig
 
 def opened(folder, start=0, **changes):
     config = TrainConfig(out=str(folder), steps=10, log_every=2, batch=4, **changes)
-    return log.Log(config, start, rate=lambda step: 0.5 * step, flops=None, writes=True)
+    return log.Log(config, start, rates=np.arange(10) * 0.5, flops=None, writes=True)
 
 
 def rows(folder):

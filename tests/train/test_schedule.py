@@ -86,3 +86,16 @@ def test_rate_rises_then_falls_to_zero(steps, warmup, peak_at):
 
 def test_a_run_of_one_step_learns():
     assert schedule.rate(TrainConfig(steps=1), 0.5)(0) == 0.5
+
+
+def test_a_pace_for_every_step():
+    config = TrainConfig(steps=40, lr=0.5, decoder_lr=0.1, lr_end=0.2, warmup=4, ema=0.6, seed=9)
+    found = schedule.paces(config, 2)
+    assert [x.shape for x in found] == [(40,), (40,), (40,), (40, 3), (40,)]
+    np.testing.assert_allclose(found.decoder_rate, found.rate / 5, rtol=1e-6)
+    assert found.rate.argmax() == 4
+    np.testing.assert_allclose([found.rate[4], found.rate[-1]], [0.5, 0.1], atol=2e-3)
+    np.testing.assert_allclose(found.decay[:3], [1 / 10, 2 / 11, 3 / 12], rtol=1e-6)
+    assert (found.decay[20:] == np.float32(0.6)).all()
+    np.testing.assert_array_equal(found.layers, rows("ramp", 40, 2, config.layers_share))
+    assert (found.seed == 9).all()

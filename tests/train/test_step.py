@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from train.config import TrainConfig
-from train.step import keys_of, make_optimizer
+from train.schedule import paces
+from train.step import keys_of, make_optimizer, rated
 
 PARAMS = {
     "image_encoder.blocks.0.mlp.lin1.kernel": np.eye(4, 6, dtype=np.float32),
@@ -19,12 +20,14 @@ MATRIX = "image_encoder.blocks.0.mlp.lin1.kernel"
 def one_update(**changes):
     """What one step at the peak rate does to `PARAMS`, for gradients of normal noise."""
     fields = {"lr": 0.1, "decoder_lr": 0.01, "warmup": 0, "weight_decay": 0.0, "clip": 1e9}
-    optimizer = make_optimizer(TrainConfig(**fields | changes))
+    config = TrainConfig(**fields | changes)
+    optimizer = make_optimizer(config)
     params = jax.tree.map(jnp.asarray, PARAMS)
     rng = np.random.default_rng(0)
     gradients = {n: jnp.asarray(rng.normal(size=x.shape), jnp.float32) for n, x in params.items()}
     updates, _ = optimizer.update(gradients, optimizer.init(params), params)
-    return {name: np.asarray(x) for name, x in updates.items()}
+    first = jax.tree.map(lambda x: x[0], paces(config, 0))
+    return {name: np.asarray(x) for name, x in rated(updates, first).items()}
 
 
 def test_muon_moves_the_matrices_of_blocks_in_all_directions_alike():
