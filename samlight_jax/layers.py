@@ -23,6 +23,24 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 
+@jax.custom_jvp
+def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """GELU by tanh, in x's own dtype: so cuBLAS takes it into the product before."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+@gelu_tanh.defjvp
+def _gelu_tanh_jvp(primals, tangents):
+    # Its derivative in float32.
+    (x,), (dx,) = primals, tangents
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    _, out = jax.jvp(lambda y: jax.nn.gelu(y, approximate=True), (wide,), (dx.astype(wide.dtype),))
+    return gelu_tanh(x), out.astype(x.dtype)
+
+
+GELU = {"erf": gelu, "tanh": gelu_tanh}
+
+
 def layer_norm(width: int, epsilon: float, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """LayerNorm over channels, its variance about the mean as in PyTorch."""
     return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
