@@ -37,6 +37,7 @@ ARMS: dict[str, tuple[str, ...]] = {  # @NAME stands for another arm's folder
     "channels plain": ("--channels", "plain"),
     "channels full": ("--channels", "full"),
     "rate 3e-3": ("--lr", "3e-3"),
+    "rate 6e-3": ("--lr", "6e-3"),
     "warm-up of 30 steps": ("--warmup", "30"),
     "half the initial scale": ("--init-scale", "0.5"),
     "batches of 24, twice the steps": ("--batch", "24", "--steps", "960"),
@@ -110,6 +111,10 @@ def _main(options: Options) -> None:
 
 def run_arms(held: Held, names: Sequence[str], note: Callable[..., None]) -> Sequence[str]:
     """Trains arms; beside each the next is compiled and the one before judged. Those left out."""
+
+    def judge(name: str, row: dict[str, Any]) -> None:
+        note(name, held.judged(name, row))
+
     begun, options = time.perf_counter(), held.options
     made: dict[str, concurrent.futures.Future[distill.Run]] = {}
     judged = []
@@ -123,7 +128,7 @@ def run_arms(held: Held, names: Sequence[str], note: Callable[..., None]) -> Seq
                 if name not in parents(after):
                     made[after] = compiling.submit(held.begin, after)
             row = held.trained(name, run)
-            judged.append(judging.submit(lambda *of: note(of[0], held.judged(*of)), name, row))
+            judged.append(judging.submit(judge, name, row))
         else:
             i = len(names)
         compiling.shutdown(cancel_futures=True)
