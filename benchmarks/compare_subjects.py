@@ -70,26 +70,36 @@ class Ours:
         """Until the last call has ended."""
         self.jax.block_until_ready(self.result)
 
-    def _encode(self, side: int, batch: int) -> tuple[Any, Any, Any]:
-        """(compiled, model, pixels)."""
-        jnp = self.jax.numpy
-        model = self.model if side == self.side else self._cast(self._built(side))
-        pixels = jnp.zeros((batch, side, side, 3), self.dtype)
-        encode = self.jax.jit(lambda model, pixels: model.encode(pixels)[0])
-        return encode.lower(model, pixels).compile(), model, pixels
+    def _call(self, function: Any, model: Any, *args: Any) -> Call:
+        """A call of a jitted function of a model and more."""
+        from samlight_jax.flat import flat
 
-    def encoder(self, batch: int, side: int) -> Call:
-        """A call that encodes a batch of normalised squares."""
-        compiled, model, pixels = self._encode(side, batch)
+        run, given = self._jit(function), flat(model)
 
         def call() -> None:
-            self.result = compiled(model, pixels)
+            self.result = run(given, *args)
 
         return call
 
+    def _jit(self, function: Any) -> Any:
+        # cuBLAS, which computes bias and GELU within a product, rather than Triton.
+        return self.jax.jit(
+            lambda model, *args: function(model.model(), *args),
+            compiler_options={"xla_gpu_enable_triton_gemm": False},
+        )
+
+    def encoder(self, batch: int, side: int) -> Call:
+        """A call that encodes a batch of normalised squares."""
+        model = self.model if side == self.side else self._cast(self._built(side))
+        pixels = self.jax.numpy.zeros((batch, side, side, 3), self.dtype)
+        return self._call(_embed, model, pixels)
+
     def memory_mib(self) -> float:
         """Of the encoder of one image: arguments, result and what lies between, as compiled."""
-        compiled, _, _ = self._encode(self.side, 1)
+        from samlight_jax.flat import flat
+
+        pixels = self.jax.numpy.zeros((1, self.side, self.side, 3), self.dtype)
+        compiled = self._jit(_embed).lower(flat(self.model), pixels).compile()
         sizes = compiled.memory_analysis()
         parts = sizes.argument_size_in_bytes, sizes.output_size_in_bytes, sizes.temp_size_in_bytes
         return round(sum(parts) / 2**20, 1)
@@ -111,16 +121,12 @@ class Ours:
         jnp = self.jax.numpy
         image, boxes = jnp.asarray(IMAGE), jnp.asarray(np.tile(BOX, (1, prompts, 1)))
 
-        @self.jax.jit
         def run(model: Any, image: Any, boxes: Any) -> Any:
             return samlight_jax.predict_batch(
                 image[None], boxes=boxes, multimask_output=False, model=model
             )[:2]
 
-        def call() -> None:
-            self.result = run(self.model, image, boxes)
-
-        return call
+        return self._call(run, self.model, image, boxes)
 
     def prompts(self, prompts: int) -> Call:
         """Low-resolution masks of boxes on an embedding that is there."""
@@ -135,12 +141,11 @@ class Ours:
             prompts_.assemble(frame, config, prompts, None, None, boxes, None, absent=False),
         )
         embedding = jnp.zeros((config.grid, config.grid, 256), self.dtype)
-        run = self.jax.jit(lambda model, embedding, given: model.decode(embedding, given))
+        return self._call(lambda model, *args: model.decode(*args), self.model, embedding, given)
 
-        def call() -> None:
-            self.result = run(self.model, embedding, given)
 
-        return call
+def _embed(model: Any, pixels: Any) -> Any:
+    return model.encode(pixels)[0]
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:

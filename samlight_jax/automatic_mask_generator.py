@@ -29,6 +29,7 @@ from samlight_jax.automatic_mask_generator_masks import (
 )
 from samlight_jax.build_sam import default_model
 from samlight_jax.errors import InputError
+from samlight_jax.flat import flat
 from samlight_jax.pipeline import ModelLike
 from samlight_jax.preprocess import ImageLike, as_array
 
@@ -123,7 +124,7 @@ class SamAutomaticMaskGenerator:
         self.crop_overlap_ratio = crop_overlap_ratio
         self.min_mask_region_area = min_mask_region_area
         self.output_mode = output_mode
-        self._parts = on.Model.of(self.model)
+        self._parts = flat(self.model)
         self._batch = min(points_per_batch, max(map(len, self.point_grids)))
 
     def generate(self, image: ImageLike, image_format: str = "RGB") -> list[dict[str, Any]]:

@@ -64,26 +64,9 @@ class Measured(NamedTuple):
     box: Any
 
 
-class Model(NamedTuple):
-    """A model taken apart once: flattening it takes longer than a call. `tree` is static."""
-
-    leaves: Any
-    tree: Any
-
-    @classmethod
-    def of(cls, model: Sam) -> Model:
-        """The parts of a model."""
-        return cls(*jax.tree.flatten(model))
-
-
 def _jit(function: Any) -> Any:
-    """`jit` of a function whose first argument is a `Sam`, to be called with a `Model`."""
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def joined(tree: Any, leaves: Any, *args: Any) -> Any:
-        return function(jax.tree.unflatten(tree, leaves), *args)
-
-    return lambda model, *args: joined(model.tree, model.leaves, *args)
+    """`jit` of a function whose first argument is a `Sam`, to be called with a `Flat`."""
+    return jax.jit(lambda model, *args: function(model.model(), *args))
 
 
 @functools.lru_cache(maxsize=16)

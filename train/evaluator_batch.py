@@ -13,8 +13,8 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from samlight_jax.config import SamConfig
+from samlight_jax.flat import Flat
 from samlight_jax.postprocess import LOW_RES
-from samlight_jax.sam import Sam
 from train import evaluator_device as device
 from train.evaluator_device import Places, Rows, Scores, Settings
 from train.evaluator_grid import grid_agreement, grid_record, ratio
@@ -45,7 +45,7 @@ class Engine(NamedTuple):
 
     protocol: Protocol
     config: SamConfig
-    models: tuple[Sam, Sam | None]
+    models: tuple[Flat, Flat | None]
     devices: Devices
     batch: int
     slots: int

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from samlight_jax.flat import Flat, flat
 from samlight_jax.sam import Sam
 from samlight_jax.weights import cast
 
@@ -29,9 +30,9 @@ class Devices:
         """Host arrays (devices * n, ...) to the devices."""
         return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec("data")))
 
-    def put_model(self, model: Sam, dtype: Any) -> Sam:
+    def put_model(self, model: Sam, dtype: Any) -> Flat:
         """A model in a dtype, whole on every device."""
-        return jax.device_put(cast(model, dtype), NamedSharding(self.mesh, PartitionSpec()))
+        return jax.device_put(flat(cast(model, dtype)), NamedSharding(self.mesh, PartitionSpec()))
 
     def compiled(self, function: Any, **static: Any) -> Any:
         """`function` with its first argument on every device and the others split."""
@@ -44,6 +45,7 @@ def _compiled(mesh: Mesh, function: Any, **static: Any) -> Any:
 
     def call(models: Any, *parts: Any) -> Any:
         specs = (PartitionSpec(), *(split for _ in parts))
+        models = jax.tree.map(Flat.model, models, is_leaf=lambda x: isinstance(x, Flat))
         body = functools.partial(function, **static)
         # Each device walks over its own number of rows, which the check of varying axes forbids.
         sharded = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from samlight_jax import automatic_mask_generator_device as on
+from samlight_jax.flat import flat
 from samlight_jax.postprocess import photo_logits
 from samlight_jax.preprocess import Frame
 from tests.models import TINY, random_model
@@ -96,16 +97,12 @@ def test_a_long_chain_of_suppressions_is_greedy_too():
 @pytest.mark.parametrize("size", [(500, 1500), (16000, 8000)])
 def test_memory_does_not_grow_with_the_photograph(size):
     """The buffers of one batch of 64 points; 16 tiles or 512, whose masks would take 98 GB."""
-    model = on.Model.of(random_model())
+    model = flat(random_model())
     rows, columns = on.axes(Frame(size, SIDE), (0, 0, *size[::-1]), size)
     limits = on.Limits(*np.zeros(3, np.float32), *np.zeros((2, 4), np.int32))
     embedding = np.zeros((SIDE // 16, SIDE // 16, 256), np.float32)
     points = np.zeros((64, 2), np.float32)
 
-    @jax.jit
-    def measure(leaves, *args):
-        return on.measure(on.Model(leaves, model.tree), *args)
-
-    lowered = measure.lower(model.leaves, embedding, points, rows, columns, limits)
+    lowered = jax.jit(on.measure).lower(model, embedding, points, rows, columns, limits)
     need = lowered.compile().memory_analysis()
     assert 0 < need.temp_size_in_bytes + need.argument_size_in_bytes < 1 << 27
