@@ -54,7 +54,7 @@ HEADLINES = (  # shapes for the README
     "window16_b64_6x64",
     "grid_r4_b1_6x64",
     "grid_r4_b16_6x64",
-    "grid_r4_b16_3x128",
+    "window16_b16_3x128",
     "grid_r4_b64_3x128",
     "raster4096_r4_b16_6x64",
     "grid_r2_b16_3x128",

@@ -77,10 +77,11 @@ def plain(qkv: jax.Array, bias: jax.Array, window: int) -> jax.Array:
     cut = qkv.reshape(b, rows, window, columns, window, heads, 3, d)
     cut = cut.transpose(6, 0, 1, 3, 5, 2, 4, 7).reshape(3, -1, heads, n, d)
     q, k, v = cut
-    scores = jnp.einsum("bhqd,bhkd->bhqk", q * d**-0.5, k)
+    product = functools.partial(jnp.einsum, precision="highest")  # float32's own, on a GPU too
+    scores = product("bhqd,bhkd->bhqk", q * d**-0.5, k)
     scores = (scores + bias[None].astype(scores.dtype)).astype(jnp.float32)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bhqk,bhkd->bhqd", weights, v)
+    out = product("bhqk,bhkd->bhqd", weights, v)
     out = out.reshape(b, rows, columns, heads, window, window, d)
     return out.transpose(0, 1, 4, 2, 5, 3, 6).reshape(b, height, width, heads, d)
 
