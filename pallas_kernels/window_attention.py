@@ -13,14 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_batching import custom_vmap
 from jax.experimental import pallas as pl
-from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels import device
 from pallas_kernels.dilated_attention import triton
 from pallas_kernels.dilated_attention.triton_kernels import LOG2E, div_rem, dot, plt
+from pallas_kernels.opaque import opaque
 
 BLOCK = 64  # queries of a program
 KEYS = 256  # of a window, at most
@@ -88,33 +86,12 @@ def plain(qkv: jax.Array, bias: jax.Array, window: int) -> jax.Array:
 
 @functools.cache
 def _kernel(window: int, here: device.Device) -> Any:
-    """The kernel as a function of arrays: with gradients, mapped, sharded over batch and heads."""
-    forward = jax.jit(functools.partial(_forward, window, here))
-    sharded = custom_partitioning(forward)
-
-    def partition(mesh: Any, given: Any, result: Any) -> Any:
-        batch, heads = (given[0].sharding.spec[i] for i in (0, 3))
-        specs = [(batch, None, None, heads), (batch, None, None, heads), (heads,)]
-        out, *args = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in specs)
-        return mesh, forward, out, tuple(args)
-
-    sharded.def_partition(
-        partition=partition,
-        sharding_rule="b y x n t d, n i j -> b y x n d",
-        need_replication_factors=("y", "x", "t", "d", "i", "j"),
-    )
-    mapped = custom_vmap(sharded)
-
-    @mapped.def_vmap
-    def _fold(size: int, batched: Any, qkv: jax.Array, bias: jax.Array) -> Any:
-        if batched[1]:
-            return lax.map(lambda pair: mapped(*pair), (qkv, bias)), True
-        out = mapped(qkv.reshape(-1, *qkv.shape[2:]), bias)
-        return out.reshape(size, -1, *out.shape[1:]), True
-
-    attend = jax.custom_vjp(mapped)
+    """The kernel as a function of arrays, with gradients."""
+    forward = functools.partial(_forward, window, here)
+    run = opaque(forward, 1, "b y x n t d, n i j -> b y x n d", "b n")
+    attend = jax.custom_vjp(run)
     attend.defvjp(
-        lambda qkv, bias: (mapped(qkv, bias), (qkv, bias)),
+        lambda qkv, bias: (run(qkv, bias), (qkv, bias)),
         lambda saved, dout: jax.vjp(functools.partial(plain, window=window), *saved)[1](dout),
     )
     return attend

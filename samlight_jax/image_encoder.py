@@ -15,15 +15,14 @@ from jaxtyping import Array, Float
 
 from samlight_jax.attention import Attention
 from samlight_jax.config import PATCH, Pattern, SamConfig, ViTConfig
-from samlight_jax.layers import GELU, ConvNorm, DepthwiseConv, Mlp, Neck, layer_norm
+from samlight_jax.layers import GELU, ConvNorm, DepthwiseConv, Mlp, Neck, PatchConv, layer_norm
 
 
 class PatchEmbed(nnx.Module):
     """One product over every patch of 16x16 pixels."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
-        patch = (PATCH, PATCH)
-        self.proj = nnx.Conv(3, width, patch, strides=patch, padding="VALID", rngs=rngs)
+        self.proj = PatchConv((3, width), PATCH, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b y x 3"]) -> Float[Array, "b h w c"]:
         return self.proj(x)
@@ -59,7 +58,7 @@ class Block(nnx.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         x = x + self.attn(self.norm1(x))
         if self.local_conv is not None:
-            x = x + self.local_conv(x)
+            x = self.local_conv(x, residual=True)
         return x + self.mlp(self.norm2(x))
 
 
