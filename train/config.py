@@ -9,7 +9,7 @@ from samlight_jax.config import PATCH
 from samlight_jax.errors import InputError
 
 Loss = Literal["mse", "l1", "huber", "cosine"]
-MaskLoss = Literal["focal", "bce"]
+MaskLoss = Literal["focal", "bce", "soft"]
 Channels = Literal["plain", "half", "full"]
 Schedule = Literal["output_only", "ramp", "one_hot"]
 
@@ -127,7 +127,8 @@ class TrainConfig:
         (token), or the nearest one the teacher's choice, as in SAM's training (nearest).
       embedding_weight: of stage 1's loss of the embedding in stages 2 and 3 (1 is that of Dice),
         which else drifts away from the teacher's.
-      mask_loss: of a mask's pixels, beside Dice.
+      mask_loss: of a mask's pixels, beside Dice: against the teacher's masks (focal, bce) or its
+        probabilities (soft).
       augment: random views.
       canvas: photographs are kept within a square of this side, never enlarged.
       cache_photos: decode as they come (none) or once, to the devices' memory (device).
@@ -226,6 +227,11 @@ class TrainConfig:
             )
         if self.targets == "annotations" and self.stage == 1:
             raise InputError("Stage 1 learns features; targets='annotations' is for 2 and 3.")
+        if self.mask_loss == "soft" and (self.targets, self.match) != ("teacher", "token"):
+            raise InputError(
+                "mask_loss='soft' learns the probabilities of the teacher's own masks, with "
+                f"targets='teacher' and match='token'; got {self.targets!r} and {self.match!r}."
+            )
         if self.inherit and self.init_from:
             raise InputError("inherit and init_from are two ways to start; give one.")
         if self.teacher_cache and (self.stage > 1 or self.schedule != "output_only"):

@@ -88,9 +88,9 @@ def focal(logits: Array, target: Array, inside: Array, gamma: float = 2.0) -> Ar
 
 
 def cross_entropy(logits: Array, target: Array, inside: Array) -> Array:
-    """(..., y, x) logits and bool targets to (...): binary cross entropy."""
-    sign = jnp.where(target, 1.0, -1.0)
-    return _over_pixels(jax.nn.softplus(-sign * logits.astype(jnp.float32)), inside)
+    """(..., y, x) logits and bools or probabilities to (...): binary cross entropy."""
+    logits = logits.astype(jnp.float32)
+    return _over_pixels(jax.nn.softplus(logits) - target * logits, inside)
 
 
 def dice(logits: Array, target: Array, inside: Array) -> Array:
@@ -133,13 +133,14 @@ class MaskTerms(NamedTuple):
 PIXELS = {  # the loss of a mask's pixels, and its weight to 1 of Dice
     "focal": (focal, 20.0),  # SAM's (arXiv 2304.02643, section 3)
     "bce": (cross_entropy, 1.0),  # EdgeSAM's
+    "soft": (cross_entropy, 5.0),  # against the teacher's probabilities
 }
 
 
 def tokens(
     logits: Array,
     predicted_iou: Array,
-    target: Array,
+    target_logits: Array,
     target_iou: Array,
     single: Array,
     counts: Array,
@@ -153,11 +154,13 @@ def tokens(
     Args:
       logits: (q, 4, y, x) of the student.
       predicted_iou: (q, 4) of the student.
-      target: (q, 4, y, x) bool of the teacher.
+      target_logits: (q, 4, y, x) of the teacher.
       target_iou: (q, 4) of the teacher.
       single: as for `masks`, and what follows.
     """
     loss, _ = PIXELS[kind]
+    target = target_logits > 0
+    wanted = jax.nn.sigmoid(target_logits.astype(jnp.float32)) if kind == "soft" else target
     reached = jax.lax.stop_gradient(overlap(logits > 0, target, inside))
     hard = counts[:, None] * jnp.clip(target_iou, 0, 1) * (0.5 + 1.0 - reached)
     allowed = jnp.where(single[:, None], jnp.arange(4) == 0, jnp.arange(4) > 0)
@@ -168,7 +171,7 @@ def tokens(
     agreement = overlap(logits[q, ours] > 0, target[q, theirs], inside)
     wrong = jnp.square(predicted_iou.astype(jnp.float32) - target_iou)
     return MaskTerms(
-        mean(loss(logits, target, inside), hard),
+        mean(loss(logits, wanted, inside), hard),
         mean(dice(logits, target, inside), hard),
         mean(wrong, jnp.broadcast_to(counts[:, None], wrong.shape)),
         mean(agreement, counts),

@@ -32,7 +32,7 @@ class Objects(NamedTuple):
       target: (q, m, m) bool, the teacher's mask.
       single: (q,) bool, whether one mask answers; boxes.
       counts: (q,) bool, whether the teacher saw an object there.
-      masks: (q, 4, m, m) bool, all that the teacher answers, by token; None where it was not asked.
+      logits: (q, 4, m, m), all that the teacher answers, by token; None where it was not asked.
       iou: (q, 4) float32, as it predicts of them.
     """
 
@@ -40,7 +40,7 @@ class Objects(NamedTuple):
     target: Array
     single: Array
     counts: Array
-    masks: Array | None = None
+    logits: Array | None = None
     iou: Array | None = None
 
 
@@ -122,13 +122,12 @@ def of_teacher(decode: Decode, size: Array, key: Array, count: int, low_res: int
     frames = jax.vmap(lambda mask, key: jittered(tight_box(mask), size, key))(masks[:half], keys)
     framed = boxes(frames)
     # Boxes first, then what the points behind them were answered.
-    prompts, logits, iou = jax.tree.map(
+    prompts, answers, iou = jax.tree.map(
         lambda a, b: jnp.concatenate([a, b[half:]]),
         (framed, *decode(framed)),
         (asked, all_logits, all_iou),
     )
-    answers = (logits > 0) & seen
-    target = jnp.concatenate([answers[:half, 0], masks[half:]])
+    target = jnp.concatenate([(answers[:half, 0] > 0) & seen, masks[half:]])
     counts &= target.any((1, 2))
     single = jnp.arange(count) < half
     return Objects(prompts, target, single, counts, answers, iou.astype(jnp.float32))

@@ -24,7 +24,7 @@ class Pace(NamedTuple):
       rate: () float32, of the encoder.
       decoder_rate: () float32.
       decay: () float32, of the averaged weights.
-      layers: (matched layers + 1,) float32, what they and, last, the output weigh in stage 1.
+      layers: (matched layers + 1,) float32, what they and, last, the embedding weigh.
       seed: () uint32, of the run.
     """
 
@@ -43,6 +43,8 @@ def paces(config: TrainConfig, layers: int) -> Pace:
         return np.asarray(jax.jit(jax.vmap(one))(steps), np.float32)
 
     def weights(step: Array) -> Array:
+        if config.stage > 1:
+            return jnp.full(1, config.embedding_weight)
         return layer_weights(config.schedule, step, config.steps, layers, config.layers_share)
 
     return Pace(

@@ -178,8 +178,8 @@ def stages_2_3(
 
     def terms(logits: Array, iou: Array, wanted: Any, inside: Array) -> losses.MaskTerms:
         asked = wanted.single, wanted.counts, inside, config.mask_loss
-        if config.match == "token" and wanted.masks is not None:
-            return losses.tokens(logits, iou, wanted.masks, wanted.iou, *asked)
+        if config.match == "token" and wanted.logits is not None:
+            return losses.tokens(logits, iou, wanted.logits, wanted.iou, *asked)
         return losses.masks(logits, iou, wanted.target, *asked)
 
     def objects_of(given: Array, size: Array, key: Array) -> objects.Objects:
@@ -209,7 +209,7 @@ def stages_2_3(
     if seen.masks is None and config.embedding_weight:
         inside = views.inside(task.student.grid)
         measures |= feature_terms(task, state, params, found, (given, {}), inside)
-        total += config.embedding_weight * measures[EMBEDDING]
+        total += pace.layers[-1] * measures[EMBEDDING]
     return total, {"loss": total, **measures}, found.statistics
 
 

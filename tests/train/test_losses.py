@@ -13,7 +13,7 @@ KINDS = ["mse", "l1", "huber", "cosine"]
 FEATURES = jax.jit(losses.features, static_argnames=("kind", "channels"))
 GRADIENT = jax.jit(jax.grad(losses.features), static_argnames=("kind", "channels"))
 MASKS = jax.jit(losses.masks)
-TOKENS = jax.jit(losses.tokens)
+TOKENS = jax.jit(losses.tokens, static_argnames="kind")
 
 
 def photographs(*shape):
@@ -195,23 +195,29 @@ def test_masks_against_numpy(seed):
 
 
 def asked_by_token(seed=0):
-    """Arguments of `losses.tokens`: those of `losses.masks` with four targets and their IoU."""
+    """Arguments of `losses.tokens`: those of `losses.masks` with four answers and their IoU."""
     logits, iou, _, *rest = asked(seed=seed)
     rng = np.random.default_rng(seed + 100)
-    target = rng.random(logits.shape) < 0.4
+    target = 2 * rng.normal(size=logits.shape).astype(np.float32) - 0.5
     return logits, iou, target, 1.3 * rng.random(iou.shape).astype(np.float32), *rest
 
 
+@pytest.mark.parametrize("kind", ["focal", "soft"])
 @pytest.mark.parametrize("seed", range(3))
-def test_tokens_against_numpy(seed):
-    logits, iou, target, target_iou, single, counts, inside = asked_by_token(seed)
+def test_tokens_against_numpy(seed, kind):
+    logits, iou, answers, target_iou, single, counts, inside = asked_by_token(seed)
     weights, pixels, shapes, agreement = [], [], [], []
+    target = answers > 0
     for q in np.flatnonzero(counts):
         for k in range(4):
             guess, truth = logits[q, k][inside], target[q, k][inside]
             right = np.where(truth, sigmoid(guess), sigmoid(-guess))
-            pixels.append(-((1 - right) ** 2 * np.log(right)).mean())
-            share = sigmoid(guess)
+            share, wanted = sigmoid(guess), sigmoid(answers[q, k][inside])
+            pixels.append(
+                -((1 - right) ** 2 * np.log(right)).mean()
+                if kind == "focal"
+                else -(wanted * np.log(share) + (1 - wanted) * np.log(1 - share)).mean()
+            )
             shapes.append(1 - (2 * share[truth].sum() + 1) / (share.sum() + truth.sum() + 1))
             reached = (truth & (guess > 0)).sum() / (truth | (guess > 0)).sum()
             weights.append(min(1, target_iou[q, k]) * (1.5 - reached))
@@ -223,13 +229,14 @@ def test_tokens_against_numpy(seed):
         agreement.append((ours & theirs).sum() / (ours | theirs).sum())
     wrong = np.square(iou - target_iou)[counts].mean()
     means = np.average(pixels, weights=weights), np.average(shapes, weights=weights)
-    got = TOKENS(logits, iou, target, target_iou, single, counts, inside)
+    got = TOKENS(logits, iou, answers, target_iou, single, counts, inside, kind)
     np.testing.assert_allclose(got, (*means, wrong, np.mean(agreement)), rtol=1e-5)
 
 
 def test_a_student_that_answers_as_its_teacher_has_nothing_to_learn():
-    _, _, target, target_iou, *rest = asked_by_token()
-    terms = TOKENS(np.where(target, 50.0, -50.0), target_iou, target, target_iou, *rest)
+    _, _, answers, target_iou, *rest = asked_by_token()
+    sure = np.where(answers > 0, 50.0, -50.0)
+    terms = TOKENS(sure, target_iou, answers, target_iou, *rest)
     np.testing.assert_allclose(terms, (0, 0, 0, 1), atol=1e-6)
 
 

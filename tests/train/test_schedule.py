@@ -99,3 +99,5 @@ def test_a_pace_for_every_step():
     assert (found.decay[20:] == np.float32(0.6)).all()
     np.testing.assert_array_equal(found.layers, rows("ramp", 40, 2, config.layers_share))
     assert (found.seed == 9).all()
+    later = TrainConfig(stage=2, init_from="a", steps=3, embedding_weight=4.0)
+    np.testing.assert_array_equal(schedule.paces(later, 0).layers, [[4.0]] * 3)
