@@ -144,7 +144,6 @@ def no_twin(config: SamConfig) -> str | None:
         "local convolutions": config.encoder.local_conv,
         "dilated attention": any(p.dilation > 1 for p in config.encoder.attention),
         "1-D segments": any(isinstance(p.segment, int) for p in config.encoder.attention),
-        "GELU by tanh": config.encoder.gelu == "tanh",
     }
     return ", ".join(reason for reason, holds in reasons.items() if holds) or None
 

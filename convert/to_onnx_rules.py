@@ -15,9 +15,8 @@ CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr"}
 SAME = {"stop_gradient", "name", "copy", "optimization_barrier"}
 ELEMENTWISE = {
     **{name: name.capitalize() for name in ("add", "sub", "mul", "div", "max", "min", "and", "or")},
-    **{name: name.capitalize() for name in ("exp", "log", "sin", "cos", "erf", "tanh", "sqrt")},
+    **{name: name.capitalize() for name in ("exp", "log", "sin", "cos", "erf", "sqrt", "neg")},
     **{"gt": "Greater", "ge": "GreaterOrEqual", "lt": "Less", "le": "LessOrEqual", "eq": "Equal"},
-    "neg": "Neg",
 }
 OPEN = {"broadcast_in_dim", "dim_as_value"}  # never computed now: too large, or not yet known
 Rule = Callable[[Graph, Sequence[Value], Any, Mapping[str, Any]], Value]

@@ -56,7 +56,6 @@ class ViTConfig:
       rel_pos: SAM's decomposed relative positions (needs 2-D or dense patterns).
       stem: "patch", one product over 16x16 pixels; "conv", a 4x4 product and two convolutions.
       local_conv: a residual 3x3 depthwise convolution between attention and MLP.
-      gelu: "erf", SAM's; or "tanh", which a GPU's library computes within a product.
     """
 
     width: int
@@ -67,7 +66,6 @@ class ViTConfig:
     rel_pos: bool = False
     stem: Literal["patch", "conv"] = "patch"
     local_conv: bool = False
-    gelu: Literal["erf", "tanh"] = "erf"
 
     def __post_init__(self):
         if not self.attention:
@@ -76,8 +74,6 @@ class ViTConfig:
             raise ValueError(f"width={self.width} must be a multiple of heads={self.heads}.")
         if self.stem not in ("patch", "conv"):
             raise ValueError(f"stem={self.stem!r}: expected 'patch' or 'conv'.")
-        if self.gelu not in ("erf", "tanh"):
-            raise ValueError(f"gelu={self.gelu!r}: expected 'erf' or 'tanh'.")
         if self.rel_pos and any(isinstance(p.segment, int) for p in self.attention):
             raise ValueError("rel_pos=True needs 2-D or dense attention; got a 1-D segment.")
 
@@ -188,7 +184,7 @@ def _sam(name: str, width: int, depth: int, heads: int) -> SamConfig:
 def _student(name: str, **changes: Any) -> SamConfig:
     windows_and_grid = (Pattern(segment=(16, 16)), Pattern(segment=(64, 64), dilation=4))
     fields = {"attention": windows_and_grid, "stem": "conv", "local_conv": True, **changes}
-    return SamConfig(name=name, encoder=ViTConfig(width=384, heads=6, gelu="tanh", **fields))
+    return SamConfig(name=name, encoder=ViTConfig(width=384, heads=6, **fields))
 
 
 _RASTER = (Pattern(segment=1024, dilation=2), Pattern(segment=4096, dilation=4))

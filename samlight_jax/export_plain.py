@@ -14,9 +14,8 @@ from typing import Any
 
 import jax
 
-from samlight_jax import attention
+from samlight_jax import attention, layers
 from samlight_jax.export import Program, specs
-from samlight_jax.layers import DepthwiseConv
 from samlight_jax.sam import Sam
 
 
@@ -29,25 +28,27 @@ def plain_jaxpr(program: Program, model: Sam) -> Any:
 
 @contextlib.contextmanager
 def _plain() -> Iterator[None]:
-    kernels, shifted = attention.dilated_attention_qkvpacked, DepthwiseConv.__call__
+    kernels, shifted = attention.dilated_attention_qkvpacked, layers.depthwise_conv
     plain = functools.partial(kernels, implementation="reference")
     attention.dilated_attention_qkvpacked = plain  # type: ignore[assignment]
-    DepthwiseConv.__call__ = _grouped
+    layers.depthwise_conv = _grouped  # type: ignore[assignment]
     try:
         yield
     finally:
         attention.dilated_attention_qkvpacked = kernels
-        DepthwiseConv.__call__ = shifted
+        layers.depthwise_conv = shifted
 
 
-def _grouped(self: DepthwiseConv, x: jax.Array) -> jax.Array:
-    kernel = self.kernel[...]
+def _grouped(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array | None, *, stride: int, residual: bool
+) -> jax.Array:
     y = jax.lax.conv_general_dilated(
         x,
-        kernel,
-        (self.stride, self.stride),
+        kernel[:, :, None],
+        (stride, stride),
         ((1, 1), (1, 1)),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=kernel.shape[-1],
     )
-    return y if self.bias is None else y + self.bias[...]
+    y = y if bias is None else y + bias
+    return x + y if residual else y

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from samlight_jax.attention import Attention
 from samlight_jax.config import PATCH, Pattern, SamConfig, ViTConfig
-from samlight_jax.layers import GELU, ConvNorm, DepthwiseConv, Mlp, Neck, PatchConv, layer_norm
+from samlight_jax.layers import ConvNorm, DepthwiseConv, Mlp, Neck, PatchConv, gelu, layer_norm
 
 
 class PatchEmbed(nnx.Module):
@@ -31,14 +31,13 @@ class PatchEmbed(nnx.Module):
 class ConvStem(nnx.Module):
     """A product over 4x4 pixels, then two 3x3 convolutions of stride 2."""
 
-    def __init__(self, encoder: ViTConfig, *, folded: bool, rngs: nnx.Rngs):
-        self.gelu = GELU[encoder.gelu]
+    def __init__(self, width: int, *, folded: bool, rngs: nnx.Rngs):
         self.conv1 = ConvNorm((3, 64), 4, stride=4, folded=folded, rngs=rngs)
         self.conv2 = ConvNorm((64, 128), 3, stride=2, folded=folded, rngs=rngs)
-        self.proj = nnx.Conv(128, encoder.width, (3, 3), strides=2, padding=1, rngs=rngs)
+        self.proj = nnx.Conv(128, width, (3, 3), strides=2, padding=1, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b y x 3"]) -> Float[Array, "b h w c"]:
-        return self.proj(self.gelu(self.conv2(self.gelu(self.conv1(x)))))
+        return self.proj(gelu(self.conv2(gelu(self.conv1(x)))))
 
 
 class Block(nnx.Module):
@@ -52,8 +51,7 @@ class Block(nnx.Module):
         self.attn = Attention(config, pattern, rngs=rngs)
         self.local_conv = DepthwiseConv(width, rngs=rngs) if encoder.local_conv else None
         self.norm2 = layer_norm(width, 1e-6, rngs=rngs)
-        hidden, activation = int(width * encoder.mlp_ratio), GELU[encoder.gelu]
-        self.mlp = Mlp(width, hidden, activation=activation, rngs=rngs)
+        self.mlp = Mlp(width, int(width * encoder.mlp_ratio), rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         x = x + self.attn(self.norm1(x))
@@ -70,7 +68,7 @@ class ImageEncoderViT(nnx.Module):
         assert isinstance(encoder, ViTConfig)
         width = encoder.width
         if encoder.stem == "conv":
-            self.patch_embed = ConvStem(encoder, folded=folded, rngs=rngs)
+            self.patch_embed = ConvStem(width, folded=folded, rngs=rngs)
         else:
             self.patch_embed = PatchEmbed(width, rngs=rngs)
         self.pos_embed = nnx.Param(jnp.zeros((1, config.grid, config.grid, width)))

@@ -16,30 +16,29 @@ class Buffer(nnx.Variable):
 
 
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The exact GELU of PyTorch; the tanh form differs by 5e-4.
+    """GELU as in PyTorch; in bfloat16, whose rounding is far coarser, its form by tanh.
 
-    By erf in float32: `jax.nn.gelu` takes erfc, which costs a CPU more.
+    That one (off by 5e-4) cuBLAS computes within the product before it. The exact one is by erf:
+    `jax.nn.gelu` takes erfc, which costs a CPU more.
     """
+    if x.dtype == jnp.bfloat16:
+        return _gelu_tanh(x)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 
 @jax.custom_jvp
-def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """GELU by tanh, in x's own dtype: so cuBLAS takes it into the product before."""
+def _gelu_tanh(x: Array) -> Array:
     return jax.nn.gelu(x, approximate=True)
 
 
-@gelu_tanh.defjvp
+@_gelu_tanh.defjvp
 def _gelu_tanh_jvp(primals, tangents):
     # Its derivative in float32.
     (x,), (dx,) = primals, tangents
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(jnp.float32)
     _, out = jax.jvp(lambda y: jax.nn.gelu(y, approximate=True), (wide,), (dx.astype(wide.dtype),))
-    return gelu_tanh(x), out.astype(x.dtype)
-
-
-GELU = {"erf": gelu, "tanh": gelu_tanh}
+    return _gelu_tanh(x), out.astype(x.dtype)
 
 
 def layer_norm(width: int, epsilon: float, *, rngs: nnx.Rngs) -> nnx.LayerNorm:

@@ -13,10 +13,9 @@ import pytest
 
 import samlight_jax
 from pallas_kernels import device
-from samlight_jax import attention, cli, export, export_plain, weights
+from samlight_jax import attention, cli, export, export_plain, layers, weights
 from samlight_jax.config import Pattern, SamConfig, TinyViTConfig, ViTConfig
 from samlight_jax.errors import exit_on_error
-from samlight_jax.layers import DepthwiseConv
 from samlight_jax.sam import Sam
 from tests.models import TINY, random_arrays, random_model
 
@@ -194,11 +193,11 @@ def test_a_label_below_minus_one_is_no_token():
 @CONFIGS
 def test_plain_operations_compute_the_same(config):
     program, model = export.encoder(config), random_model(config)
-    kernels, shifted = attention.dilated_attention_qkvpacked, DepthwiseConv.__call__
+    before = attention.dilated_attention_qkvpacked, layers.depthwise_conv
     closed = export_plain.plain_jaxpr(
         program._replace(inputs=export.sized(program.inputs, {"b": 2})), model
     )
-    assert (attention.dilated_attention_qkvpacked, DepthwiseConv.__call__) == (kernels, shifted)
+    assert (attention.dilated_attention_qkvpacked, layers.depthwise_conv) == before
     names = {eqn.primitive.name for eqn in closed.jaxpr.eqns}
     assert not names & {"scan", "while", "custom_vjp_call", "cond", "pallas_call"}
     s = config.image_size

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from flax import nnx
 
 from samlight_jax import weights
-from samlight_jax.layers import GELU, ConvNorm, DepthwiseConv, gelu, layer_norm
+from samlight_jax.layers import ConvNorm, DepthwiseConv, gelu, layer_norm
 from tests.conftest import assert_parity, nchw, nhwc, normal, run
 
 
@@ -83,19 +83,14 @@ def test_neck_is_sams(twins):
     assert_parity(run(twins.flax.image_encoder.neck, x), nhwc(want))
 
 
-def test_gelu_is_the_exact_one():
-    x = np.linspace(-5, 5, 1001, dtype=np.float32)
-    np.testing.assert_allclose(gelu(jnp.asarray(x)), F.gelu(torch.from_numpy(x)), atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype, error", [("float32", 4e-6), ("bfloat16", 2e-2)])
-def test_gelu_by_tanh_and_its_derivative_are_pytorchs(dtype, error):
+@pytest.mark.parametrize("dtype, error", [("float32", 4e-6), ("float16", 3e-3), ("bfloat16", 2e-2)])
+def test_gelu_and_its_derivative_are_pytorchs(dtype, error):
     x = np.linspace(-5, 5, 1001, dtype=np.float32)
     x = np.array(jnp.asarray(x, dtype).astype(jnp.float32))
     tensor = torch.from_numpy(x).requires_grad_()
-    want = F.gelu(tensor, approximate="tanh")
+    want = F.gelu(tensor)
     (slope,) = torch.autograd.grad(want.sum(), tensor)
-    got, pull_back = jax.vjp(GELU["tanh"], jnp.asarray(x, dtype))
+    got, pull_back = jax.vjp(gelu, jnp.asarray(x, dtype))
     assert got.dtype == jnp.dtype(dtype)
     np.testing.assert_allclose(got.astype(float), want.detach(), atol=error)
     (found,) = pull_back(jnp.ones_like(got))
