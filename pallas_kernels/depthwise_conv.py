@@ -35,6 +35,7 @@ def depthwise_conv(
     *,
     stride: int = 1,
     residual: bool = False,
+    gelu_tanh: bool = False,
 ) -> jax.Array:
     """Each channel of a map, zero-padded, convolved with its own 3x3 kernel.
 
@@ -44,6 +45,7 @@ def depthwise_conv(
       bias: (c,), added.
       stride: of the result, in both directions.
       residual: adds `x` too; needs stride 1.
+      gelu_tanh: GELU of it all, by tanh.
 
     Returns:
       (b, ceil(H / stride), ceil(W / stride), c), x's dtype, summed in float32 by the kernel;
@@ -61,9 +63,11 @@ def depthwise_conv(
     if residual and stride != 1:
         raise ValueError(f"residual=True needs stride=1, but {stride=}.")
     if unsupported(x, kernel, stride) is not None:
-        return plain(x, kernel, bias, stride=stride, residual=residual)
+        out = plain(x, kernel, bias, stride=stride, residual=residual)
+        return jax.nn.gelu(out, approximate=True) if gelu_tanh else out
     bias = jnp.zeros(c, kernel.dtype) if bias is None else bias
-    return _differentiable(residual, device.current())(x, kernel.reshape(TAPS, c), bias)
+    run = _differentiable(residual, gelu_tanh, device.current())
+    return run(x, kernel.reshape(TAPS, c), bias)
 
 
 def unsupported(x: jax.Array, kernel: jax.Array, stride: int) -> str | None:
@@ -99,19 +103,26 @@ def plain(
 
 
 @functools.cache
-def _differentiable(residual: bool, here: device.Device) -> Any:
+def _differentiable(residual: bool, gelu_tanh: bool, here: device.Device) -> Any:
     """(x, (9, c) kernel, bias) to the result."""
-    convolve = opaque(
-        functools.partial(_convolved, residual, here), 1, "b y x c, t c, c -> b y x c", "b c"
-    )
+
+    def convolved(gelu_tanh: bool) -> Any:
+        run = functools.partial(_convolved, residual, gelu_tanh, here)
+        return opaque(run, 1, "b y x c, t c, c -> b y x c", "b c")
+
+    convolve = convolved(False)
     sums = opaque(functools.partial(_sums, here), 2, "b y x c, b v u c -> b n t c", "b c")
-    function = jax.custom_vjp(convolve)
+    forward = convolved(True) if gelu_tanh else convolve
+    function = jax.custom_vjp(forward)
 
     def save(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> Any:
-        return convolve(x, kernel, bias), (x, kernel, bias)
+        return forward(x, kernel, bias), (x, kernel, bias)
 
     def pull_back(saved: Any, dout: jax.Array) -> Any:
         x, kernel, bias = saved
+        if gelu_tanh:
+            before = convolve(x, kernel, bias)
+            (dout,) = jax.vjp(functools.partial(jax.nn.gelu, approximate=True), before)[1](dout)
         found = sums(x, dout).sum((0, 1))
         dx = convolve(dout, kernel[::-1], jnp.zeros_like(bias))
         return dx, found[:TAPS].astype(kernel.dtype), found[TAPS].astype(bias.dtype)
@@ -193,8 +204,14 @@ def _fma(x: jax.Array, y: jax.Array, z: jax.Array, interpret: bool) -> jax.Array
     )[0]
 
 
+def _gelu(x: jax.Array, interpret: bool) -> jax.Array:
+    """By tanh, which is one instruction, off by up to 5e-4."""
+    tanh = jnp.tanh if interpret else plt.approx_tanh
+    return 0.5 * x * (1 + tanh(x * (0.79788456 + 0.035677408 * x * x)))
+
+
 def _convolved_body(
-    x: Any, taps: Any, out: Any, *, cut: _Cut, residual: bool, interpret: bool
+    x: Any, taps: Any, out: Any, *, cut: _Cut, residual: bool, gelu_tanh: bool, interpret: bool
 ) -> None:
     """One program; refs of (tokens, c), (10, c) and (tokens, c). Rows are read once each."""
     _, _, row, column, channel = cut.place(pl.program_id(0))
@@ -211,14 +228,21 @@ def _convolved_body(
                     sums[o] = _fma(near[dx], kernel[3 * dy + dx], sums.get(o, bias), interpret)
         if r >= 1:
             at, of, real = cut.at(row + r - 1, column, channel)
-            plt.store(out.at[at, of], sums.pop(r - 1).astype(out.dtype), mask=real)
+            found = sums.pop(r - 1)
+            found = _gelu(found, interpret) if gelu_tanh else found
+            plt.store(out.at[at, of], found.astype(out.dtype), mask=real)
 
 
 def _convolved(
-    residual: bool, here: device.Device, x: jax.Array, kernel: jax.Array, bias: jax.Array
+    residual: bool,
+    gelu_tanh: bool,
+    here: device.Device,
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
 ) -> jax.Array:
     cut = _Cut.of(x, ROWS)
-    body = functools.partial(_convolved_body, residual=residual)
+    body = functools.partial(_convolved_body, residual=residual, gelu_tanh=gelu_tanh)
     shape = jax.ShapeDtypeStruct((len(x), math.prod(cut.size), cut.channels), x.dtype)
     taps = jnp.concatenate([kernel, bias[None].astype(kernel.dtype)])
     return _call(body, cut, here, shape, (x,), (taps,)).reshape(x.shape)

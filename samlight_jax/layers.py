@@ -107,12 +107,14 @@ class DepthwiseConv(nnx.Module):
         self.stride = stride
 
     def __call__(
-        self, x: Float[Array, "b h w c"], *, residual: bool = False
+        self, x: Float[Array, "b h w c"], *, residual: bool = False, activate: bool = False
     ) -> Float[Array, "b h2 w2 c"]:
-        """The convolution of `x`, with `residual` and `x` itself."""
+        """The convolution of `x`; with `residual` and `x` itself; with `activate` its GELU."""
         bias = None if self.bias is None else self.bias[...]
-        kernel = self.kernel[:, :, 0]
-        return depthwise_conv(x, kernel, bias, stride=self.stride, residual=residual)
+        fused = activate and x.dtype == jnp.bfloat16
+        kernel, options = self.kernel[:, :, 0], {"residual": residual, "gelu_tanh": fused}
+        y = depthwise_conv(x, kernel, bias, stride=self.stride, **options)
+        return gelu(y) if activate and not fused else y
 
 
 class ConvNorm(nnx.Module):
@@ -147,9 +149,15 @@ class ConvNorm(nnx.Module):
                 channels[1], use_running_average=True, momentum=0.9, epsilon=1e-5, rngs=rngs
             )
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+    def __call__(
+        self, x: Float[Array, "b h w c"], *, activate: bool = False
+    ) -> Float[Array, "b h2 w2 d"]:
+        """The normed convolution; with `activate` its GELU."""
+        if activate and self.bn is None and isinstance(self.conv, DepthwiseConv):
+            return self.conv(x, activate=True)
         x = self.conv(x)
-        return x if self.bn is None else self.bn(x)
+        x = x if self.bn is None else self.bn(x)
+        return gelu(x) if activate else x
 
 
 class Neck(nnx.Module):

@@ -36,7 +36,7 @@ class MBConv(nnx.Module):
         self.conv3 = ConvNorm((hidden, width), 1, folded=folded, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        return gelu(x + self.conv3(gelu(self.conv2(gelu(self.conv1(x))))))
+        return gelu(x + self.conv3(self.conv2(gelu(self.conv1(x)), activate=True)))
 
 
 class PatchMerging(nnx.Module):
@@ -51,7 +51,7 @@ class PatchMerging(nnx.Module):
         self.conv3 = ConvNorm((after, after), 1, folded=folded, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
-        return self.conv3(gelu(self.conv2(gelu(self.conv1(x)))))
+        return self.conv3(self.conv2(gelu(self.conv1(x)), activate=True))
 
 
 class MlpNorm(nnx.Module):

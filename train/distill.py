@@ -229,7 +229,9 @@ class Run:
         """The averaged weights as a model file."""
         arrays = sharding.everywhere({**state.frozen, **state.ema}, self.mesh)
         if self.writes:
-            metadata = {"source": f"distilled from {self.config.teacher}, stage {self.config.stage}"}
+            metadata = {
+                "source": f"distilled from {self.config.teacher}, stage {self.config.stage}"
+            }
             path = self.folder / MODEL
             host = {name: np.asarray(x) for name, x in arrays.items()}
             weights.save(path, host, self.task.student, metadata=metadata)

@@ -286,4 +286,7 @@ def make_step(task: Task, look: Callable[..., Any], where: State) -> Any:
         keys = keys_of(pace.seed, state.step, task.config.batch)
         return update(task, state, teacher, pace, look(batch, keys), keys)
 
-    return jax.jit(step, donate_argnums=(0,), out_shardings=(where, None))
+    # On a GPU, cuBLAS: unlike Triton's products, its own take bias and GELU with them.
+    options = {"xla_gpu_enable_triton_gemm": False}
+    outs = where, None
+    return jax.jit(step, donate_argnums=(0,), out_shardings=outs, compiler_options=options)
