@@ -39,7 +39,7 @@ from train.detections import Detections, read_detections
 from train.evaluate_store import Store
 from train.evaluate_tiny import TINY, tiny_data, tiny_model
 from train.evaluator import Evaluator
-from train.evaluator_load import sources
+from train.evaluator_load import canvas_of, sources
 from train.photographs import Names
 from train.protocol import Protocol, ProtocolFlags
 from train.report_pictures import draw
@@ -222,26 +222,33 @@ def _run(
         if any(photo.id not in store.finished for photo in batch)
     ]
     todo, start = sum(map(len, batches)), time.perf_counter()
-    after_first = 0.0
+    ends: list[float] = []
     with _progress() as progress:
         task = progress.add_task("evaluating", total=len(photos), completed=len(photos) - todo)
         for records in evaluator.run(dataset, batches):
             store.add(records)
             progress.advance(task, len(records))
-            after_first = after_first or time.perf_counter() - start
-    seconds = time.perf_counter() - start
-    first = len(batches[0]) if batches else 0
-    steady = (todo - first) / (seconds - after_first) if todo > first else None
+            ends.append(time.perf_counter() - start)
     return {
         "date": time.strftime("%Y-%m-%d"),
         "photographs": todo,
         "photographs_before": len(photos) - todo,
-        "seconds": round(seconds, 2),
-        "seconds_of_first_batch": round(after_first, 2),
-        "photographs_per_second_after_it": steady and round(steady, 2),
+        "seconds": round(time.perf_counter() - start, 2),
+        "photographs_per_second": steady_speed(batches, ends),
         "devices": f"{evaluator.engine.devices.count} x {jax.devices()[0].device_kind}",
         "batch": evaluator.engine.batch,
     }
+
+
+def steady_speed(batches: list[list[Photo]], ends: list[float]) -> float | None:
+    """Photographs a second of the batches before whose end nothing was compiled.
+
+    A batch ends when the next one has been dispatched, and a new canvas is a new compilation.
+    """
+    canvases = [canvas_of(batch[0]) for batch in batches]
+    kept = [k for k in range(1, len(ends)) if canvases[k] == canvases[min(k + 1, len(ends) - 1)]]
+    seconds = sum(ends[k] - ends[k - 1] for k in kept)
+    return round(sum(len(batches[k]) for k in kept) / seconds, 2) if kept else None
 
 
 class _Speed(ProgressColumn):

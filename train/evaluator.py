@@ -17,15 +17,13 @@ import jax.numpy as jnp
 from samlight_jax.sam import Sam
 from train.annotations import Dataset, Photo
 from train.detections import Detections
-from train.evaluator_batch import Batch, Engine, Record
+from train.evaluator_batch import Batch, Engine, Record, Spare
 from train.evaluator_load import THREADS, Loader, plan
 from train.evaluator_mesh import Devices
 from train.protocol import Protocol
 
-# Photographs a device and prompts a row. A CPU gains nothing from more.
-BATCH = {"cpu": 1}
-SLOTS = {"cpu": 2}
-BATCH_ELSEWHERE, SLOTS_ELSEWHERE = 16, 8
+# Photographs a device, prompts a row, rows at once. A CPU gains nothing from more.
+ON_CPU, ELSEWHERE = (1, 2, 1), (16, 8, 8)
 
 
 class Evaluator:
@@ -54,6 +52,7 @@ class Evaluator:
     ):
         self.detections, on = detections, Devices(devices)
         dtype = jnp.dtype(protocol.dtype)
+        usual, slots, rows = ON_CPU if on.platform == "cpu" else ELSEWHERE
         self.engine = Engine(
             protocol=protocol,
             config=model.config,
@@ -62,8 +61,9 @@ class Evaluator:
                 None if teacher is None else on.put_model(teacher, dtype),
             ),
             devices=on,
-            batch=batch or BATCH.get(on.platform, BATCH_ELSEWHERE),
-            slots=SLOTS.get(on.platform, SLOTS_ELSEWHERE),
+            batch=batch or usual,
+            slots=slots,
+            rows=rows,
             masks=masks or "ap" in protocol.metric,
         )
 
@@ -76,9 +76,10 @@ class Evaluator:
         engine = self.engine
         loader = Loader(dataset, engine.protocol, engine.config, engine.slots, self.detections)
         under_way: deque[Batch] = deque()
+        spare = Spare()
         with ThreadPoolExecutor(THREADS) as threads, ThreadPoolExecutor(1) as ahead:
             # Made in a thread: a GPU's loop over a number of rows keeps the thread that starts it.
-            made = (Batch(engine, loader, threads, each) for each in loader.batches(batches))
+            made = (Batch(engine, loader, threads, spare, each) for each in loader.batches(batches))
             coming = ahead.submit(next, made, None)
             while (batch := coming.result()) is not None:
                 coming = ahead.submit(next, made, None)

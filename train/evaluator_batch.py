@@ -40,6 +40,7 @@ class Engine(NamedTuple):
       devices: to spread over.
       batch: photographs a device.
       slots: prompts a row.
+      rows: that a device answers at once.
       masks: whether records hold the masks.
     """
 
@@ -49,7 +50,28 @@ class Engine(NamedTuple):
     devices: Devices
     batch: int
     slots: int
+    rows: int
     masks: bool
+
+
+class Spare:
+    """Host arrays for the next batch: to touch fresh memory takes longer than to fill it."""
+
+    def __init__(self) -> None:
+        self.free: dict[str, list[np.ndarray]] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """An array that holds anything; one of another shape under this name is forgotten."""
+        free = self.free.setdefault(name, [])
+        while free:
+            array = free.pop()
+            if (array.shape, array.dtype) == (shape, dtype):
+                return array
+        return np.zeros(shape, dtype)
+
+    def give(self, name: str, array: np.ndarray) -> None:
+        """Takes one back; no device may read it any more."""
+        self.free[name].append(array)
 
 
 class Asked(NamedTuple):
@@ -76,6 +98,7 @@ class Batch:
       engine: the models, the protocol, the devices.
       loader: makes the slots of corrective clicks.
       threads: for the host's work on single items.
+      spare: host arrays, given back by `records`.
       loaded: the photographs, at most `engine.batch` a device, of one canvas.
     """
 
@@ -84,9 +107,11 @@ class Batch:
         engine: Engine,
         loader: Loader,
         threads: ThreadPoolExecutor,
+        spare: Spare,
         loaded: list[Loaded],
     ):
         self.engine, self.loader, self.threads, self.loaded = engine, loader, threads, loaded
+        self.spare, self.taken = spare, []
         self.protocol, self.devices = engine.protocol, engine.devices
         empty = Loaded(loaded[0].photo, loaded[0].canvas)
         self.all = loaded + [empty] * (engine.batch * self.devices.count - len(loaded))
@@ -115,9 +140,15 @@ class Batch:
             self.answers.append((chunk.asked, self._answer(embeddings, chunk)))
             jax.block_until_ready(self.answers[:-2][-1:])  # memory holds few chunks
 
+    def _take(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        array = self.spare.take(name, shape, np.dtype(dtype))
+        self.taken.append((name, array))
+        return array
+
     def _pixels(self) -> tuple[np.ndarray, np.ndarray]:
+        """What lies outside a photograph's `inputs` is not looked at."""
         side = self.engine.config.image_size
-        pixels = np.zeros((len(self.all), side, side, 3), np.uint8)
+        pixels = self._take("pixels", (len(self.all), side, side, 3), np.uint8)
         inputs = np.zeros((len(self.all), 2), np.int32)
         for i, one in enumerate(self.all):
             if one.frame is not None and one.pixels is not None:
@@ -130,25 +161,25 @@ class Batch:
         (height, width), m = self.all[0].canvas, LOW_RES * self.engine.config.grid
         b = len(self.all)
         places = Places(
-            np.zeros((b, height, m), np.float32),
-            np.zeros((b, width, m), np.float32),
+            self._take("by_row", (b, height, m), np.float32),
+            self._take("by_column", (b, width, m), np.float32),
             np.zeros((b, 2), np.int32),
             np.ones(b, np.int32),
         )
         for i, one in enumerate(self.all):
             if one.frame is not None:
                 by_row, by_column = weights_of(one.frame, m)
-                places.by_row[i, : len(by_row)] = by_row
-                places.by_column[i, : len(by_column)] = by_column
+                for all_, each in ((places.by_row, by_row), (places.by_column, by_column)):
+                    all_[i, : len(each)], all_[i, len(each) :] = each, 0
                 places.size[i] = one.frame.original
                 places.boundary[i] = boundary_reach(one.frame.original)
         return places
 
     def _chunks(self) -> Iterator[Chunk]:
         """A fixed number of rows a device, as often as it takes."""
-        batch, slots = self.engine.batch, self.engine.slots
+        batch, slots, rows = self.engine.batch, self.engine.slots, self.engine.rows
         height, width = self.all[0].canvas
-        size = max(1, min(2 * batch, CHUNK_PIXELS // (height * width * slots)))
+        size = max(1, min(2 * batch, CHUNK_PIXELS // (height * width * slots)) // rows) * rows
         queues = [
             [
                 (i, r * slots, part)
@@ -188,9 +219,9 @@ class Batch:
                     asked.append(Asked(owner, item, (r, slot)))
                     if item.box is not None:
                         rows.box[r, slot] = item.box
-        truths = self.threads.map(lambda each: _truth(each, (height, width)), asked)
-        for each, bits in zip(asked, truths, strict=True):
-            rows.truth[each.at] = bits
+        for each in asked:  # threads would only wait for each other: pycocotools keeps the GIL
+            if each.item.rle is not None:
+                rows.truth[each.at] = device.pack(coco_mask.decode(each.item.rle), (height, width))
         return asked, rows
 
     def _answer(self, embeddings: Any, chunk: Chunk) -> list[Scores]:
@@ -200,7 +231,8 @@ class Batch:
         for click in range(protocol.refine + 1):
             more = click < protocol.refine
             select = "single" if click else protocol.mask_select
-            settings = Settings(select, "boundary" in protocol.metric, masks or more, more)
+            boundary = "boundary" in protocol.metric
+            settings = Settings(select, self.engine.rows, boundary, masks or more, more)
             call = self.devices.compiled(device.score, settings=settings)
             answer = call(self.engine.models, embeddings, self.places, rows, chunk.counts, low_res)
             low_res = answer.low_res
@@ -251,12 +283,9 @@ class Batch:
             found = self.threads.map(lambda each, host=host: _instance(each, host), asked)
             for each, instance in zip(asked, found, strict=True):
                 by_photo[each.owner.photo.id]["instances"].append(instance)
+        while self.taken:
+            self.spare.give(*self.taken.pop())
         return records
-
-
-def _truth(asked: Asked, canvas: tuple[int, int]) -> np.ndarray | int:
-    rle = asked.item.rle
-    return 0 if rle is None else device.pack(coco_mask.decode(rle), canvas)
 
 
 def _record(one: Loaded) -> Record:

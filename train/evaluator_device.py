@@ -1,12 +1,13 @@
 """The evaluator's device part: pure functions on the photographs of one device.
 
-A photograph's prompts lie in rows of a few slots, and a device walks over its rows one by one: any
-number of instances takes the same memory and the same compilation. Masks are made at the
+A photograph's prompts lie in rows of a few slots, and a device walks over its rows, some at once:
+any number of instances takes the same memory and the same compilation. Masks are made at the
 photograph's resolution inside a canvas of one of a few sizes, and are counted there.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -21,13 +22,14 @@ from samlight_jax.prompts import Prompts
 from samlight_jax.sam import Sam
 
 STABILITY_OFFSET = 1.0
-SLOT_PIXELS = 1 << 24  # canvas pixels at once on a device, over slots and candidates
+SLOT_PIXELS = 1 << 26  # canvas pixels at once on a device, over rows, slots and candidates
 
 
 class Settings(NamedTuple):
     """What a compilation depends on; `masks` and `low_res`: also return them."""
 
     select: str
+    rows: int  # at once
     boundary: bool = False
     masks: bool = False
     low_res: bool = False
@@ -156,34 +158,37 @@ def score(
     low_res: Float[Array, "r q m m"] | None,
     settings: Settings,
 ) -> Scores:
-    """Answers and scores the first `count` rows; the others stay zero.
+    """Answers and scores the first `count` rows; the others hold nothing of use.
 
     Args:
       models: the model and (or None) the teacher to agree with.
       embeddings: of each.
       places: of the device's photographs.
-      rows: of prompts.
+      rows: of prompts, a multiple of `settings.rows`.
       count: of the rows that hold any.
       low_res: logits of an earlier answer, as mask prompts; None for none.
       settings: static.
     """
 
-    def one(r: Any) -> Scores:
-        row = jax.tree.map(lambda x: x[r], rows)
+    def one(row: Rows, low: Any) -> Scores:
         place = jax.tree.map(lambda x: x[row.image], places)
         each = [
             None if model is None else _decode(model, embedding[row.image], row, low, settings)
             for model, embedding in zip(models, embeddings, strict=True)
-            for low in [None if low_res is None else low_res[r]]
         ]
         return _score_row(each, row, place, settings)
 
-    def step(r: Any, scores: Scores) -> Scores:
-        return jax.tree.map(lambda all_, x: all_.at[r].set(x), scores, one(r))
+    def some(first: Any) -> Scores:
+        cut = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=settings.rows)
+        return jax.vmap(one)(*jax.tree.map(lambda x: cut(x, first), (rows, low_res)))
 
-    shapes = jax.eval_shape(one, 0)
-    blank = jax.tree.map(lambda x: jnp.zeros((len(rows.image), *x.shape), x.dtype), shapes)
-    return jax.lax.fori_loop(0, count[0], step, blank)
+    def step(i: Any, scores: Scores) -> Scores:
+        first, put = i * settings.rows, jax.lax.dynamic_update_slice_in_dim
+        return jax.tree.map(lambda all_, x: put(all_, x, first, 0), scores, some(first))
+
+    shapes = jax.eval_shape(some, 0)
+    blank = jax.tree.map(lambda x: jnp.zeros((len(rows.image), *x.shape[1:]), x.dtype), shapes)
+    return jax.lax.fori_loop(0, -(-count[0] // settings.rows), step, blank)
 
 
 def _decode(
@@ -227,7 +232,8 @@ def _score_row(each: list[Any], row: Rows, place: Places, settings: Settings) ->
         return Scores(_overlap(mask, truth), boundary, agreement, iou, number, low, packed)
 
     slots = len(row.labels)
-    pixels = each[0][0].shape[1] * place.by_row.shape[0] * place.by_column.shape[0]
+    candidates, height, width = each[0][0].shape[1], len(place.by_row), len(place.by_column)
+    pixels = settings.rows * candidates * height * width
     at_once = max(1, min(slots, SLOT_PIXELS // pixels))
     return jax.lax.map(slot, (each, row.box, row.truth), batch_size=at_once)
 

@@ -26,7 +26,7 @@ from train.detections import Detection, Detections
 from train.protocol import Protocol
 
 SIDES = (256, 512, 640, 768, 1024, 1536, 2048)  # of canvases; beyond, multiples of the last
-THREADS = 16
+THREADS = 8
 
 
 class Tokens(NamedTuple):

@@ -13,7 +13,8 @@ from samlight_jax import weights
 from samlight_jax.errors import InputError
 from tests.models import TINY, random_arrays
 from train import evaluate as program
-from train.evaluate import Options, choose, evaluate
+from train.annotations import Photo
+from train.evaluate import Options, choose, evaluate, steady_speed
 from train.evaluate_store import Store
 from train.evaluate_tiny import tiny_data
 from train.protocol import Protocol
@@ -153,6 +154,14 @@ def test_photographs_are_chosen_and_left_out_by_name(options, tmp_path):
     assert chosen(only=(some,)) == ["1", "4", "5"]
     assert chosen(exclude=(some,)) == ["0", "2", "3"]
     assert chosen(only=(some,), exclude=(one,), limit=1) == ["1"]
+
+
+def test_speed_is_of_the_batches_that_compiled_nothing():
+    small, large = Photo("a", "a", (60, 80)), Photo("b", "b", (600, 800))
+    batches = [[small] * 2] * 3 + [[large] * 2] * 2
+    ends = [9.0, 10.0, 19.0, 20.0, 21.0]  # the first and the third waited for the compiler
+    assert steady_speed(batches, ends) == 2.0
+    assert steady_speed(batches[:1], [9.0]) is None
 
 
 def test_a_store_keeps_whole_lines_alone(tmp_path):

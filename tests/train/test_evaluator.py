@@ -145,6 +145,22 @@ def test_any_number_of_instances_goes_in_chunks(dataset):
         assert each["iou"] == want["instances"][k % 2]["iou"]
 
 
+def test_rows_at_once_and_arrays_used_again_change_nothing(tmp_path):
+    """As on a GPU, and over more batches than there are arrays under way."""
+    data = open_dataset(str(tiny_data(tmp_path / "tiny", photographs=9)))
+    alone = [records_of(data, Protocol(prompt="box"), [photo], batch=1)[0] for photo in data.photos]
+    evaluator = Evaluator(random_model(), Protocol(prompt="box"), batch=1)
+    evaluator.engine = evaluator.engine._replace(slots=1, rows=4)
+    batches = evaluator.plan(data.photos)
+    together = {r["photo"]: r for batch in evaluator.run(data, batches) for r in batch}
+    assert len(batches) == 9
+    for one in alone:
+        for a, b in zip(one["instances"], together[one["photo"]]["instances"], strict=True):
+            assert a["iou"] == b["iou"] and a["predicted_iou"] == pytest.approx(
+                b["predicted_iou"], abs=1e-5
+            )
+
+
 def test_photographs_that_fail_are_problems_and_change_nothing_else(tmp_path):
     data = tiny_data(tmp_path / "tiny")
     dataset = open_dataset(str(data))
