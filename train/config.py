@@ -10,7 +10,7 @@ from samlight_jax.errors import InputError
 
 Loss = Literal["mse", "l1", "huber", "cosine"]
 MaskLoss = Literal["focal", "bce", "soft"]
-Channels = Literal["plain", "half", "full"]
+Channels = Literal["plain", "half", "full", "decoder"]
 Schedule = Literal["output_only", "ramp", "one_hot"]
 
 
@@ -116,7 +116,8 @@ class TrainConfig:
       dtype: of the products; parameters stay float32.
       remat: keep only the blocks' outputs and compute the rest again in the backward pass.
       loss: of stage 1's features.
-      channels: of the embedding, count by their size (plain), all alike (full), or between (half).
+      channels: of the embedding, count by their size (plain), all alike (full), between (half), or
+        in the directions and as much as the teacher's masks change with them (decoder).
       schedule: of stage 1: from the first matched block to the output without a break (ramp), one
         at a time (one_hot), or the output alone.
       layers_share: of the steps that the layer schedule takes; the output has the rest alone.

@@ -127,10 +127,10 @@ class Run:
         abstract, where = self._abstract()
         if self.checkpoints.latest is not None:
             return self.checkpoints.restore(abstract, where)[0]
-        moments = None
+        known = None
         if self.config.stage == 1 or (self.config.embedding_weight and not self.photos.annotated):
-            moments = prepared(self.task, self.teacher, self.look, self.batches(0))
-        return sharding.placed(self.start.state(moments), where)
+            known = prepared(self.task, self.teacher, self.look, self.batches(0))
+        return sharding.placed(self.start.state(known), where)
 
     def _pace(self, step: int) -> Pace:
         return jax.tree.map(lambda x: x[step], self.start.paces)
