@@ -2,8 +2,9 @@
 
 Run: `python -m benchmarks.experiments --data shards/*.tar --heldout heldout.csv`. An arm is a few
 flags of `train.distill` on top of the common ones. The photographs are decoded once for all arms,
-and while one trains, the next is compiled and the one before judged: by its agreement with the
-teacher on the photographs held out (`train.evaluate --prompt teacher-grid`).
+and arms that differ in rates, lengths and seeds share one compiled step; while an arm trains, the
+next is begun and the one before judged: by its agreement with the teacher on the photographs held
+out (`train.evaluate --prompt teacher-grid`).
 """
 
 from __future__ import annotations
@@ -28,30 +29,35 @@ from train import data, distill, evaluate
 
 RESULTS = Path(__file__).parent / "results" / "experiments.json"
 COMMON = (
-    *("--config", "h200", "--stage", "1", "--schedule", "output_only"),
-    *("--steps", "480", "--ema", "0.99", "--sheet-every", "0", "--save-every", "1000000"),
+    *("--config", "h200", "--stage", "1", "--steps", "480", "--ema", "0.99"),
+    *("--sheet-every", "0", "--save-every", "1000000"),
 )
-MASKS = ("--stage", "2", "--steps", "225", "--batch", "32", "--lr", "3e-4", "--warmup", "20")
+MASKS = ("--stage", "2", "--steps", "225", "--batch", "32", "--warmup", "20", "--ema", "0.98")
+CLICKS = ("--stage", "3", "--steps", "100", "--batch", "32", "--warmup", "20", "--ema", "0.95")
+LONG = "44k passes"
 ARMS: dict[str, tuple[str, ...]] = {  # @NAME stands for another arm's folder
     "base": (),
-    "channels plain": ("--channels", "plain"),
-    "channels full": ("--channels", "full"),
+    "rate 1.5e-3": ("--lr", "1.5e-3"),
     "rate 3e-3": ("--lr", "3e-3"),
     "rate 6e-3": ("--lr", "6e-3"),
-    "warm-up of 30 steps": ("--warmup", "30"),
+    "rate 9e-3": ("--lr", "9e-3"),
+    "decoder's directions": ("--channels", "decoder"),
+    "channels plain": ("--channels", "plain"),
+    "channels full": ("--channels", "full"),
     "half the initial scale": ("--init-scale", "0.5"),
     "batches of 24, twice the steps": ("--batch", "24", "--steps", "960"),
-    "little colour, no mosaic, larger crops": (
-        *("--augment.mosaic", "0", "--augment.colour", "0.1", "--augment.scale", "0.4", "1"),
+    "smaller crops, mosaics, more colour": (
+        *("--augment.mosaic", "0.1", "--augment.colour", "0.3", "--augment.scale", "0.2", "1"),
     ),
     "half the time at 512 pixels": ("--image-size", "512", "--batch", "192", "--steps", "240"),
     "then at 1024": ("--init-from", "@half the time at 512 pixels", "--steps", "240"),
-    "AdamW": ("--optimizer", "adamw"),
+    "AdamW": ("--optimizer", "adamw", "--lr", "1.5e-3"),
     "ramp over the blocks": ("--schedule", "ramp"),
-    "masks": (*MASKS, "--init-from", "@base"),
-    "masks, the nearest of three": (*MASKS, "--init-from", "@base", "--match", "nearest"),
-    "masks alone": (*MASKS, "--init-from", "@base", "--embedding-weight", "0"),
-    "masks, rate 1e-4": (*MASKS, "--init-from", "@base", "--lr", "1e-4"),
+    LONG: ("--steps", "917"),
+    f"{LONG}, masks": (*MASKS, "--init-from", f"@{LONG}"),
+    f"{LONG}, masks, decoder alone": (*MASKS, "--init-from", f"@{LONG}", "--lr", "1e-9"),
+    f"{LONG}, masks, clicks": (*CLICKS, "--init-from", f"@{LONG}, masks", "--sheet-every", "100"),
+    "five minutes": ("--steps", "3400", "--ema", "0.997"),
 }
 TEACHER = distill.TrainConfig().teacher
 MEASURES = ("agreement", "agreement_point", "agreement_token", "embedding_cosine")
@@ -147,6 +153,7 @@ class Held:
 
     def __init__(self, options: Options):
         self.options, self.resident = options, None
+        self.begun: dict[distill.TrainConfig, distill.Run] = {}
 
     def folder(self, name: str) -> str:
         """Of an arm's run."""
@@ -159,7 +166,8 @@ class Held:
         more = (*self.options.flags.split(), *own, "--out", self.folder(name))
         config = distill.parse([*COMMON, *place, *more])
         run = distill.Run(config, self._photographs(config))
-        run.begin()
+        run.begin(self.begun.get(config.program()))
+        self.begun[config.program()] = run
         return run
 
     def _photographs(self, config: Any) -> data.Resident | None:

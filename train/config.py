@@ -14,6 +14,9 @@ Channels = Literal["plain", "half", "full", "decoder"]
 Schedule = Literal["output_only", "ramp", "one_hot"]
 
 
+RATES = {1: 4.5e-3, 2: 1e-4, 3: 5e-5}  # of the encoder, by stage
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Augment:
     """Random views of photographs; the teacher labels any picture. Shares are probabilities.
@@ -28,12 +31,12 @@ class Augment:
       paste: an ellipse of another photograph lies on this one.
     """
 
-    scale: tuple[float, float] = (0.2, 1.0)
+    scale: tuple[float, float] = (0.4, 1.0)
     aspect: float = 1.5
     whole: float = 0.2
     flip: float = 0.5
-    colour: float = 0.3
-    mosaic: float = 0.1
+    colour: float = 0.1
+    mosaic: float = 0.0
     paste: float = 0.4
 
     def alone(self) -> Augment:
@@ -106,7 +109,7 @@ class TrainConfig:
       batch: photographs a step, over all devices.
       accumulate: parts a batch is computed in, one after the other.
       optimizer: muon (matrices of the blocks; AdamW for the rest) or adamw.
-      lr: peak of the encoder's rate, which falls as a cosine.
+      lr: peak of the encoder's rate, which falls as a cosine; by default that of `RATES`.
       lr_end: share of its peak that a rate ends at; 1 for a run that another continues.
       decoder_lr: the same of the mask decoder's, in stages 2 and 3.
       warmup: steps in which the rates rise.
@@ -162,7 +165,7 @@ class TrainConfig:
     batch: int = 48
     accumulate: int = 1
     optimizer: Literal["muon", "adamw"] = "muon"
-    lr: float = 1.5e-3
+    lr: float | None = None
     lr_end: float = 0.0
     decoder_lr: float = 1e-4
     weight_decay: float = 0.05
@@ -173,7 +176,7 @@ class TrainConfig:
     remat: bool = False
     loss: Loss = "mse"
     channels: Channels = "half"
-    schedule: Schedule = "ramp"
+    schedule: Schedule = "output_only"
     layers_share: float = 0.3
     prompts: int = 16
     targets: Literal["teacher", "annotations"] = "teacher"
@@ -194,12 +197,26 @@ class TrainConfig:
     seed: int = 0
     tensorboard: bool = False
 
+    @property
+    def peak(self) -> float:
+        """Of the encoder's rate."""
+        return RATES[self.stage] if self.lr is None else self.lr
+
+    def program(self) -> TrainConfig:
+        """The same for all runs that share a compiled step: they differ in its numbers alone."""
+        free = ("steps", "lr", "lr_end", "decoder_lr", "warmup", "ema", "seed", "layers_share")
+        aside = ("out", "init_from", "log_every", "sheet_every", "save_every", "keep", "max_bad")
+        own = {name: getattr(DEFAULT, name) for name in (*free, *aside)}
+        own["init_from"] = "a student" if self.stage > 1 else None
+        own["embedding_weight"] = float(self.embedding_weight > 0)
+        return dataclasses.replace(self, **own)
+
     def __post_init__(self):
         for name in ("steps", "batch", "accumulate", "canvas", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}: expected 1 or more.")
         for name in ("init_scale", "lr", "decoder_lr", "clip"):
-            if not getattr(self, name) > 0:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise InputError(f"{name}={getattr(self, name)}: expected more than 0.")
         for name in ("warmup", "weight_decay", "embedding_weight", "max_bad", "sheet_every"):
             if not getattr(self, name) >= 0:
@@ -242,6 +259,7 @@ class TrainConfig:
             )
 
 
+DEFAULT = TrainConfig()
 DEBUG = TrainConfig(
     out="runs/debug",
     width=128,
@@ -266,7 +284,7 @@ H200 = TrainConfig(
     cache_photos="device",
 )
 PRESETS = {
-    "default": ("TrainConfig's own values.", TrainConfig()),
+    "default": ("TrainConfig's own values.", DEFAULT),
     "debug": (
         "A CPU, seconds: 256 pixels and a small student, to see everything work: "
         "python -m train.distill --config debug --data FOLDER. The masks are poor.",

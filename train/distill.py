@@ -32,6 +32,7 @@ from samlight_jax.postprocess import LOW_RES
 from train import augment, cache, checkpoint, data, sharding, sheet
 from train.config import PRESETS, Augment, TrainConfig
 from train.log import Log
+from train.losses import Known
 from train.schedule import Pace
 from train.start import prepare, prepared
 from train.step import Seen, State, make_step
@@ -55,6 +56,8 @@ class Run:
     def __init__(self, config: TrainConfig, resident: data.Resident | None = None):
         self.config, self.folder, self.stopped = config, Path(config.out), False
         self.begun: tuple[State, Any] | None = None
+        self.advance: Any = None
+        self.known: Known | None = None
         self.mesh = sharding.make_mesh(config.mesh)
         parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"] * config.accumulate
         if config.batch % parts:
@@ -127,10 +130,10 @@ class Run:
         abstract, where = self._abstract()
         if self.checkpoints.latest is not None:
             return self.checkpoints.restore(abstract, where)[0]
-        known = None
-        if self.config.stage == 1 or (self.config.embedding_weight and not self.photos.annotated):
-            known = prepared(self.task, self.teacher, self.look, self.batches(0))
-        return sharding.placed(self.start.state(known), where)
+        embeds = self.config.embedding_weight and not self.photos.annotated
+        if self.known is None and (self.config.stage == 1 or embeds):
+            self.known = prepared(self.task, self.teacher, self.look, self.batches(0))
+        return sharding.placed(self.start.state(self.known), where)
 
     def _pace(self, step: int) -> Pace:
         return jax.tree.map(lambda x: x[step], self.start.paces)
@@ -140,13 +143,22 @@ class Run:
         abstract = jax.eval_shape(self.start.state)
         return abstract, sharding.shardings(abstract, self.mesh)
 
-    def begin(self) -> tuple[State, Any]:
-        """The first state and the compiled step: what `run` would do first, ahead of it."""
+    def begin(self, like: Run | None = None) -> tuple[State, Any]:
+        """The first state and the compiled step: what `run` would do first, ahead of it.
+
+        Args:
+          like: a run of the same `TrainConfig.program` that has begun; what it compiled and found
+            out about the teacher serves again.
+        """
+        if like is not None:
+            self.advance, self.known = like.advance, like.known
         state = self.state()
-        step = make_step(self.task, self.look, self._abstract()[1])
-        for batch in itertools.islice(self.batches(int(state.step)), 1):  # none at the run's end
-            step = step.lower(state, self.teacher, self._pace(0), batch).compile()
-        self.begun = state, step
+        if self.advance is None:
+            self.advance = make_step(self.task, self.look, self._abstract()[1])
+            for batch in itertools.islice(self.batches(int(state.step)), 1):  # none at the end
+                lowered = self.advance.lower(state, self.teacher, self._pace(0), batch)
+                self.advance = lowered.compile()
+        self.begun = state, self.advance
         return self.begun
 
     def run(self) -> None:

@@ -48,7 +48,7 @@ def paces(config: TrainConfig, layers: int) -> Pace:
         return layer_weights(config.schedule, step, config.steps, layers, config.layers_share)
 
     return Pace(
-        of_each(rate(config, config.lr)),
+        of_each(rate(config, config.peak)),
         of_each(rate(config, config.decoder_lr)),
         # Short at first, so that the random start is soon forgotten.
         np.minimum(config.ema, (1 + steps) / (10 + steps)).astype(np.float32),

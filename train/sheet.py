@@ -19,11 +19,7 @@ from samlight_jax.sam import Sam
 from train import objects
 from train.augment import Views
 
-SIDE, GAP, LINE = (
-    240,
-    8,
-    14,
-)  # pixels: of a picture's long side, between pictures, of a line of text
+SIDE, GAP, LINE = 240, 8, 14  # pixels: a picture's long side, between pictures, a line of text
 PROMPTS = 16  # tried on each photograph, half of them boxes, for objects that the teacher sees
 HEADS = ("photograph", "teacher, box", "student, box", "teacher, point", "student, point")
 

@@ -13,7 +13,7 @@ def test_every_arm_parses_and_parents_are_arms():
     for name, flags in experiments.ARMS.items():
         own = [flag.replace("@", "runs/") for flag in flags]
         config = experiments.distill.parse([*experiments.COMMON, "--data", "x", *own])
-        assert config.cache_photos == "device" and config.sheet_every == 0
+        assert config.cache_photos == "device" and config.save_every > config.steps
         assert set(experiments.parents(name)) <= set(experiments.ARMS)
 
 
@@ -31,6 +31,9 @@ def test_arms_are_trained_in_turn_and_judged(tmp_path, monkeypatch):
     names = sorted(path.name for path in folder.iterdir())
     held.write_text("\n".join(names[:2]))
     arms = {"first": ("--lr", "1e-3"), "second": ("--init-from", "@first", "--steps", "2")}
+    compiled = []
+    make = experiments.distill.make_step
+    monkeypatch.setattr(experiments.distill, "make_step", lambda *a: compiled.append(a) or make(*a))
     monkeypatch.setattr(experiments, "ARMS", arms)
     options = experiments.Options(
         data=(str(folder),),
@@ -41,7 +44,7 @@ def test_arms_are_trained_in_turn_and_judged(tmp_path, monkeypatch):
     )
     experiments._main(options)
     rows = json.loads(options.output.read_text())["arms"]
-    assert rows["first"]["flags"] == "--lr 1e-3"
+    assert rows["first"]["flags"] == "--lr 1e-3" and len(compiled) == 1
     assert (rows["first"]["passes"], rows["second"]["passes"]) == (3 * 4, 2 * 4)
     for row in rows.values():
         low, value, high = (row["agreement"][i] for i in (1, 0, 2))

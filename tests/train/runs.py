@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FLAGS = {
     **{"stage": 1, "student": "samlight_t", "width": 32, "depth": 2, "heads": 2},
     **{"image-size": 64, "canvas": 64, "steps": 12, "batch": 8, "prompts": 4, "dtype": "float32"},
-    **{"lr": 1e-3, "warmup": 2, "ema": 0.5, "log-every": 1, "sheet-every": 0, "save-every": 4},
+    **{"schedule": "ramp", "lr": 1e-3, "warmup": 2, "ema": 0.5},
+    **{"log-every": 1, "sheet-every": 0, "save-every": 4},
 }
 
 

@@ -54,8 +54,8 @@ def test_a_step_is_saved_once(tmp_path, where):
 
 def test_another_run_is_refused_by_what_differs(tmp_path, where):
     saved(tmp_path, where)
-    other = dataclasses.replace(TrainConfig(), lr=0.5)
-    with pytest.raises(InputError, match=r"lr was 0.0015 and is 0.5\. Continue with the same"):
+    other = dataclasses.replace(TrainConfig(), clip=0.5)
+    with pytest.raises(InputError, match=r"clip was 1.0 and is 0.5\. Continue with the same"):
         opened(tmp_path, other).restore(jax.eval_shape(lambda: STATE), where)
 
 

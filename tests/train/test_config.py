@@ -29,7 +29,10 @@ WRONG = [
     (dict(stage=2), "stage=2 starts from a student: --init-from"),
     (dict(stage=3), "stage=3 starts from a student: --init-from"),
     (dict(inherit=True, init_from="a"), "two ways to start; give one."),
-    (dict(teacher_cache="a"), "--schedule output_only; got stage=1, schedule='ramp'."),
+    (
+        dict(teacher_cache="a", schedule="ramp"),
+        "--schedule output_only; got stage=1, schedule='ramp'.",
+    ),
     (dict(mask_loss="soft", match="nearest"), "match='token'; got 'teacher' and 'nearest'."),
     (
         dict(teacher_cache="a", schedule="output_only", stage=2, init_from="b"),

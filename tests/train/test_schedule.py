@@ -89,7 +89,9 @@ def test_a_run_of_one_step_learns():
 
 
 def test_a_pace_for_every_step():
-    config = TrainConfig(steps=40, lr=0.5, decoder_lr=0.1, lr_end=0.2, warmup=4, ema=0.6, seed=9)
+    config = TrainConfig(
+        schedule="ramp", steps=40, lr=0.5, decoder_lr=0.1, lr_end=0.2, warmup=4, ema=0.6, seed=9
+    )
     found = schedule.paces(config, 2)
     assert [x.shape for x in found] == [(40,), (40,), (40,), (40, 3), (40,)]
     np.testing.assert_allclose(found.decoder_rate, found.rate / 5, rtol=1e-6)

@@ -12,7 +12,7 @@ from train.step import EMBEDDING, Seen, teach
 
 SMALL = {
     **{"width": 32, "depth": 2, "heads": 2, "image_size": 64, "canvas": 64, "batch": 2},
-    **{"dtype": "float32", "data": ("unused",)},
+    **{"dtype": "float32", "data": ("unused",), "schedule": "ramp"},
 }
 
 
