@@ -24,6 +24,7 @@ import tyro
 
 from pallas_kernels import measure
 from samlight_jax.build_sam import keep_compilations
+from samlight_jax.config import PRESETS, Pattern, SamConfig
 from samlight_jax.errors import InputError, exit_on_error
 from train import data, distill, evaluate
 
@@ -35,7 +36,24 @@ COMMON = (
 MASKS = ("--stage", "2", "--steps", "225", "--batch", "32", "--warmup", "20", "--ema", "0.98")
 CLICKS = ("--stage", "3", "--steps", "100", "--batch", "32", "--warmup", "20", "--ema", "0.95")
 LONG = "44k passes"
-ARMS: dict[str, tuple[str, ...]] = {  # @NAME stands for another arm's folder
+SAMLIGHT_T = PRESETS["samlight_t"]
+
+
+def changed(**changes: Any) -> SamConfig:
+    """`samlight_t` with another encoder."""
+    encoder = dataclasses.replace(SAMLIGHT_T.encoder, **changes)
+    return dataclasses.replace(SAMLIGHT_T, encoder=encoder)
+
+
+STUDENTS = {
+    "dense": changed(attention=(Pattern(),)),
+    "raster": changed(
+        attention=(Pattern(segment=1024, dilation=2), Pattern(segment=4096, dilation=4))
+    ),
+    "no_local": changed(local_conv=False),
+    "patch_stem": changed(stem="patch"),
+}
+ARMS: dict[str, tuple[str, ...]] = {  # @NAME: another arm's folder, or the file of a student
     "base": (),
     "rate 1.5e-3": ("--lr", "1.5e-3"),
     "rate 3e-3": ("--lr", "3e-3"),
@@ -53,6 +71,13 @@ ARMS: dict[str, tuple[str, ...]] = {  # @NAME stands for another arm's folder
     "then at 1024": ("--init-from", "@half the time at 512 pixels", "--steps", "240"),
     "AdamW": ("--optimizer", "adamw", "--lr", "1.5e-3"),
     "ramp over the blocks": ("--schedule", "ramp"),
+    "dense attention": ("--student", "@dense"),
+    "segments of the raster order": ("--student", "@raster"),
+    "no local convolutions": ("--student", "@no_local"),
+    "patch stem": ("--student", "@patch_stem"),
+    "the paper's bare form": ("--student", "samlight_t_paper"),
+    "3 heads of 128": ("--heads", "3"),
+    "12 blocks": ("--depth", "12"),
     LONG: ("--steps", "917"),
     f"{LONG}, masks": (*MASKS, "--init-from", f"@{LONG}"),
     f"{LONG}, masks, decoder alone": (*MASKS, "--init-from", f"@{LONG}", "--lr", "1e-9"),
@@ -145,7 +170,8 @@ def run_arms(held: Held, names: Sequence[str], note: Callable[..., None]) -> Seq
 
 def parents(name: str) -> list[str]:
     """The arms that one starts from."""
-    return [flag.removeprefix("@") for flag in ARMS[name] if flag.startswith("@")]
+    named = [flag.removeprefix("@") for flag in ARMS[name] if flag.startswith("@")]
+    return [each for each in named if each not in STUDENTS]
 
 
 class Held:
@@ -161,7 +187,7 @@ class Held:
 
     def begin(self, name: str) -> distill.Run:
         """An arm ready to run."""
-        own = (self.folder(f[1:]) if f.startswith("@") else f for f in ARMS[name])
+        own = (self._path(f[1:]) if f.startswith("@") else f for f in ARMS[name])
         place = ("--data", *self.options.data, "--exclude", str(self.options.heldout))
         more = (*self.options.flags.split(), *own, "--out", self.folder(name))
         config = distill.parse([*COMMON, *place, *more])
@@ -169,6 +195,15 @@ class Held:
         run.begin(self.begun.get(config.program()))
         self.begun[config.program()] = run
         return run
+
+    def _path(self, name: str) -> str:
+        """Of a student, which is written, or of an arm's folder."""
+        if name not in STUDENTS:
+            return self.folder(name)
+        path = self.options.work / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(STUDENTS[name].to_json())
+        return str(path)
 
     def _photographs(self, config: Any) -> data.Resident | None:
         if self.resident is None and config.cache_photos == "device":

@@ -97,7 +97,7 @@ class TrainConfig:
         (of copies in $TFDS_DATA_DIR), such as tfds:coco/2017@train.
       exclude: files that name photographs to leave out, one a line (the first CSV column counts).
       teacher: a model's name or file.
-      student: a preset's name.
+      student: a preset's name, or a .json file of `SamConfig.to_json`.
       width: of the student's encoder, where it should differ from the preset's.
       depth: the same, blocks.
       heads: the same.

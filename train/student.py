@@ -10,6 +10,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -35,11 +36,9 @@ def student_config(config: TrainConfig, teacher: SamConfig) -> SamConfig:
     """The preset with the run's own width, depth, heads and image size, and the teacher's decoder.
 
     Raises:
-      InputError: an unknown preset, or one that is not a ViT.
+      InputError: an unknown preset, a file that holds no config, or one that is not a ViT's.
     """
-    if config.student not in PRESETS:
-        raise InputError(f"There is no preset {config.student!r}; expected one of {list(PRESETS)}.")
-    preset = PRESETS[config.student]
+    preset = _preset(config.student)
     if not isinstance(preset.encoder, ViTConfig):
         raise InputError(f"{config.student!r} is no ViT; students are: samlight_t, sam_vit_b, ...")
     changes = {n: v for n in ("width", "depth", "heads") if (v := getattr(config, n)) is not None}
@@ -53,6 +52,21 @@ def student_config(config: TrainConfig, teacher: SamConfig) -> SamConfig:
         )
     except ValueError as error:
         raise InputError(f"This student cannot be: {error}") from None
+
+
+def _preset(name: str) -> SamConfig:
+    """A preset by its name, or a config from its JSON file."""
+    if name in PRESETS:
+        return PRESETS[name]
+    if not name.endswith(".json"):
+        raise InputError(
+            f"There is no preset {name!r}; expected one of {list(PRESETS)}, or a .json file that "
+            "holds what SamConfig.to_json gives."
+        )
+    try:
+        return SamConfig.from_json(Path(name).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name} cannot be read as a student: {error}") from None
 
 
 def fresh(config: SamConfig, seed: int, scale: float = 1.0) -> Arrays:

