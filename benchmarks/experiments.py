@@ -30,7 +30,7 @@ from train import data, distill, evaluate
 
 RESULTS = Path(__file__).parent / "results" / "experiments.json"
 COMMON = (
-    *("--config", "h200", "--stage", "1", "--steps", "480", "--ema", "0.99"),
+    *("--config", "h200", "--stage", "1", "--steps", "480", "--batch", "48", "--ema", "0.99"),
     *("--sheet-every", "0", "--save-every", "1000000"),
 )
 MASKS = ("--stage", "2", "--steps", "225", "--batch", "32", "--warmup", "20", "--ema", "0.98")
@@ -59,7 +59,6 @@ ARMS: dict[str, tuple[str, ...]] = {  # @NAME: another arm's folder, or the file
     "rate 3e-3": ("--lr", "3e-3"),
     "rate 6e-3": ("--lr", "6e-3"),
     "rate 9e-3": ("--lr", "9e-3"),
-    "decoder's directions": ("--channels", "decoder"),
     "channels plain": ("--channels", "plain"),
     "channels full": ("--channels", "full"),
     "half the initial scale": ("--init-scale", "0.5"),
@@ -82,7 +81,7 @@ ARMS: dict[str, tuple[str, ...]] = {  # @NAME: another arm's folder, or the file
     f"{LONG}, masks": (*MASKS, "--init-from", f"@{LONG}"),
     f"{LONG}, masks, decoder alone": (*MASKS, "--init-from", f"@{LONG}", "--lr", "1e-9"),
     f"{LONG}, masks, clicks": (*CLICKS, "--init-from", f"@{LONG}, masks", "--sheet-every", "100"),
-    "five minutes": ("--steps", "3400", "--ema", "0.997"),
+    "five minutes": ("--batch", "24", "--steps", "6600", "--ema", "0.998"),
 }
 TEACHER = distill.TrainConfig().teacher
 MEASURES = ("agreement", "agreement_point", "agreement_token", "embedding_cosine")

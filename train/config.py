@@ -10,7 +10,7 @@ from samlight_jax.errors import InputError
 
 Loss = Literal["mse", "l1", "huber", "cosine"]
 MaskLoss = Literal["focal", "bce", "soft"]
-Channels = Literal["plain", "half", "full", "decoder"]
+Channels = Literal["plain", "half", "full"]
 Schedule = Literal["output_only", "ramp", "one_hot"]
 
 
@@ -119,8 +119,7 @@ class TrainConfig:
       dtype: of the products; parameters stay float32.
       remat: keep only the blocks' outputs and compute the rest again in the backward pass.
       loss: of stage 1's features.
-      channels: of the embedding, count by their size (plain), all alike (full), between (half), or
-        in the directions and as much as the teacher's masks change with them (decoder).
+      channels: of the embedding, count by their size (plain), all alike (full), or between (half).
       schedule: of stage 1: from the first matched block to the output without a break (ramp), one
         at a time (one_hot), or the output alone.
       layers_share: of the steps that the layer schedule takes; the output has the rest alone.
@@ -162,7 +161,7 @@ class TrainConfig:
     init_scale: float = 1.0
     image_size: int = 1024
     steps: int = 10_000
-    batch: int = 48
+    batch: int = 24
     accumulate: int = 1
     optimizer: Literal["muon", "adamw"] = "muon"
     lr: float | None = None
@@ -298,6 +297,6 @@ PRESETS = {
     "h200x2": (
         "Two H200s, the batch over both: "
         "python -m train.distill --config h200x2 --data shards/*.tar.",
-        dataclasses.replace(H200, batch=96),
+        dataclasses.replace(H200, batch=48),
     ),
 }

@@ -32,7 +32,7 @@ from samlight_jax.postprocess import LOW_RES
 from train import augment, cache, checkpoint, data, sharding, sheet
 from train.config import PRESETS, Augment, TrainConfig
 from train.log import Log
-from train.losses import Known
+from train.losses import Moments
 from train.schedule import Pace
 from train.start import prepare, prepared
 from train.step import Seen, State, make_step
@@ -57,7 +57,7 @@ class Run:
         self.config, self.folder, self.stopped = config, Path(config.out), False
         self.begun: tuple[State, Any] | None = None
         self.advance: Any = None
-        self.known: Known | None = None
+        self.moments: dict[str, Moments] | None = None
         self.mesh = sharding.make_mesh(config.mesh)
         parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"] * config.accumulate
         if config.batch % parts:
@@ -131,9 +131,9 @@ class Run:
         if self.checkpoints.latest is not None:
             return self.checkpoints.restore(abstract, where)[0]
         embeds = self.config.embedding_weight and not self.photos.annotated
-        if self.known is None and (self.config.stage == 1 or embeds):
-            self.known = prepared(self.task, self.teacher, self.look, self.batches(0))
-        return sharding.placed(self.start.state(self.known), where)
+        if self.moments is None and (self.config.stage == 1 or embeds):
+            self.moments = prepared(self.task, self.teacher, self.look, self.batches(0))
+        return sharding.placed(self.start.state(self.moments), where)
 
     def _pace(self, step: int) -> Pace:
         return jax.tree.map(lambda x: x[step], self.start.paces)
@@ -151,7 +151,7 @@ class Run:
             out about the teacher serves again.
         """
         if like is not None:
-            self.advance, self.known = like.advance, like.known
+            self.advance, self.moments = like.advance, like.moments
         state = self.state()
         if self.advance is None:
             self.advance = make_step(self.task, self.look, self._abstract()[1])

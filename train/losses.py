@@ -31,18 +31,6 @@ class Moments(NamedTuple):
     deviation: Array | np.ndarray
 
 
-class Known(NamedTuple):
-    """What a run knows of its teacher's features before the first step.
-
-    Attributes:
-      moments: by name of the feature.
-      root: (c,) or (c, c), what an error of the embedding is multiplied by in its loss.
-    """
-
-    moments: dict[str, Moments]
-    root: Array | np.ndarray
-
-
 def mean(values: Array, counts: Array) -> Array:
     """The mean of `values`, weighted by `counts` (of its first axes); 0 where nothing counts."""
     counts = counts.astype(jnp.float32).reshape(counts.shape + (1,) * (values.ndim - counts.ndim))
@@ -50,39 +38,33 @@ def mean(values: Array, counts: Array) -> Array:
     return (values * counts).sum() / jnp.maximum(total, 1e-6)
 
 
-def channel_root(channels: Channels, deviation: Array | np.ndarray) -> np.ndarray:
-    """(c,) float32 that errors are multiplied by, from the channels' deviations.
-
-    With "plain" every channel counts by its size, so that those which vary most decide; "full"
-    divides each error by its channel's deviation; "half" lies between (the square divided by the
-    deviation once). A guess of the mean has a mean squared error of 1.
-    """
-    deviation = np.asarray(deviation, np.float64)
-    found = deviation ** (-POWER[channels] / 2)
-    return (found / np.sqrt(np.mean((deviation * found) ** 2))).astype(np.float32)
-
-
-def features(student: Array, teacher: Array, inside: Array, root: Array, kind: Loss) -> Array:
-    """How far a student's features are from its teacher's.
+def features(
+    student: Array, teacher: Array, inside: Array, moments: Moments, kind: Loss, channels: Channels
+) -> Array:
+    """How far a student's features are from its teacher's; MSE is 1 for one that gives the mean.
 
     Args:
       student: (b, h, w, c).
       teacher: the same.
       inside: (b, h, w) bool, tokens that count.
-      root: (c,) or (c, c), what an error is multiplied by.
+      moments: of the teacher's features.
       kind: of the error. Cosine is 1 minus the cosine of a token's two vectors.
+      channels: with "plain" every channel counts by its size, so that those which vary most
+        decide; "full" divides each error by its channel's deviation; "half" lies between (the
+        square divided by the deviation once).
     """
-
-    def rooted(x: Array) -> Array:
-        return x * root if root.ndim < 2 else jnp.dot(x, root)
-
     student, teacher = student.astype(jnp.float32), teacher.astype(jnp.float32)
+    power = POWER[channels] / 2
+    size = moments.deviation**power
     if kind == "cosine":
-        a, b = rooted(student), rooted(teacher)
+        a, b = student / size, teacher / size
         dot = (a * b).sum(-1)
         norms = jnp.sqrt((a * a).sum(-1) * (b * b).sum(-1) + 1e-12)
         return mean(1 - dot / norms, inside)
-    error = rooted(student - teacher)
+    error = (student - teacher) / size
+    # In units of what a constant guess errs by, so that one rate suits every choice.
+    typical = jnp.sqrt(jnp.mean((moments.deviation / size) ** 2))
+    error = error / typical
     if kind == "mse":
         each = error**2
     elif kind == "l1":

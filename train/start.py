@@ -18,12 +18,11 @@ from samlight_jax import weights
 from samlight_jax.build_sam import find
 from samlight_jax.config import SamConfig
 from samlight_jax.errors import InputError
-from samlight_jax.prompts import Prompts
 from samlight_jax.sam import Sam
-from train import losses, schedule, sensitivity, sharding
+from train import schedule, sharding
 from train.config import TrainConfig
 from train.inherit import inherited
-from train.losses import Known, Moments
+from train.losses import Moments
 from train.step import EMBEDDING, State, Task, keys_of, make_optimizer, teach
 from train.student import (
     BUFFER,
@@ -90,22 +89,18 @@ class Start:
         student = flops_of(weights.build(self.task.student, self.arrays, folded=False))
         return teacher + 3 * student if student else None
 
-    def state(self, known: Known | None = None) -> State:
+    def state(self, found: dict[str, Moments] | None = None) -> State:
         """The first state.
 
         Args:
-          known: what `prepared` gives; None for a state whose shapes alone matter.
+          found: the teacher's moments; None for a state whose shapes alone matter.
         """
-        config, width = self.task.config, self.widths[EMBEDDING]
-        if known is None:
-            moments = {n: Moments(jnp.zeros(c), jnp.ones(c)) for n, c in self.widths.items()}
-            matrix = config.channels == "decoder"
-            known = Known(moments, jnp.ones((width, width) if matrix else width))
+        config = self.task.config
+        if found is None:
+            found = {n: Moments(jnp.zeros(c), jnp.ones(c)) for n, c in self.widths.items()}
         arrays = dict(self.arrays)
         if config.stage == 1 and not config.init_from:
-            arrays[f"{LAST_NORM}scale"], arrays[f"{LAST_NORM}bias"] = reversed(
-                known.moments[EMBEDDING]
-            )
+            arrays[f"{LAST_NORM}scale"], arrays[f"{LAST_NORM}bias"] = reversed(found[EMBEDDING])
         trained = (ENCODER,) if config.stage == 1 else (ENCODER, DECODER)
         statistics = {n: x for n, x in arrays.items() if STATISTIC.search(n)}
         params = {
@@ -118,7 +113,7 @@ class Start:
         params = {**params, **self.projectors}
         optimizer = self.task.optimizer.init(jax.tree.map(jnp.asarray, params))
         step = jnp.zeros((), jnp.int32)
-        return State(step, params, frozen, statistics, ema, optimizer, known)
+        return State(step, params, frozen, statistics, ema, optimizer, found)
 
 
 def prepare(config: TrainConfig) -> Start:
@@ -193,8 +188,10 @@ def _student_arrays(
     return with_decoder_of(arrays, teacher)
 
 
-def prepared(task: Task, teacher: Sam, look: Callable[..., Any], batches: Iterable[Any]) -> Known:
-    """What the first views of the run tell of the teacher.
+def prepared(
+    task: Task, teacher: Sam, look: Callable[..., Any], batches: Iterable[Any]
+) -> dict[str, Moments]:
+    """The teacher's moments over the first views of the run.
 
     Args:
       task: of the run.
@@ -205,54 +202,18 @@ def prepared(task: Task, teacher: Sam, look: Callable[..., Any], batches: Iterab
     config, side = task.config, task.student.grid
 
     @jax.jit
-    def sums(teacher: Sam, batch: Any, seed: Any, step: Any) -> tuple[dict[str, Any], Any]:
-        keys = keys_of(seed, step, config.batch)
-        seen = look(batch, keys)
+    def sums(teacher: Sam, batch: Any, seed: Any, step: Any) -> dict[str, Any]:
+        seen = look(batch, keys_of(seed, step, config.batch))
         embedding, features = seen.taught, {}
         if embedding is None:
             embedding, features = teach(task, teacher, seen.views)
         inside = seen.views.inside(side)
         maps = {**{n: pooled(x, side) for n, x in features.items()}, EMBEDDING: embedding}
-        found = {name: moments(x, inside) for name, x in maps.items()}
-        if config.channels != "decoder":
-            return found, None
-        return found, _grams(teacher, embedding, inside, seen.views.size, keys, config.dtype)
+        return {name: moments(x, inside) for name, x in maps.items()}
 
     first = itertools.islice(batches, -(-SAMPLE // config.batch))
-    found, grams = zip(
-        *(
-            jax.device_get(sums(teacher, batch, np.uint32(config.seed), i))
-            for i, batch in enumerate(first)
-        ),
-        strict=True,
-    )
-    moments_of = {name: combined([one[name] for one in found]) for name in found[0]}
-    mean, deviation = moments_of[EMBEDDING]
-    if config.channels != "decoder":
-        return Known(moments_of, losses.channel_root(config.channels, deviation))
-    slopes, squares, count = (np.sum(x, axis=0, dtype=np.float64) for x in zip(*grams, strict=True))
-    covariance = squares / count - np.outer(mean, mean)
-    return Known(moments_of, sensitivity.root(slopes, covariance))
-
-
-def _grams(
-    teacher: Sam,
-    embedding: jax.Array,
-    inside: jax.Array,
-    sizes: jax.Array,
-    keys: jax.Array,
-    dtype: str,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Over a batch: `sensitivity.gram`, the embedding's own Gram matrix, and of how many tokens."""
-
-    def decode(embedding: jax.Array, prompts: Prompts) -> tuple[jax.Array, jax.Array]:
-        return teacher.decode(embedding.astype(dtype), prompts)
-
-    def one(each: Any) -> jax.Array:
-        embedding, size, key = each
-        return sensitivity.gram(decode, embedding, size, jax.random.fold_in(key, 9))
-
-    tokens = jnp.where(inside[..., None], embedding, 0).astype(jnp.float32)
-    tokens = tokens.reshape(-1, tokens.shape[-1])
-    squares = jnp.dot(tokens.T, tokens, precision=jax.lax.Precision.HIGHEST)
-    return jax.lax.map(one, (embedding, sizes, keys)).sum(0), squares, inside.sum()
+    found = [
+        jax.device_get(sums(teacher, batch, np.uint32(config.seed), i))
+        for i, batch in enumerate(first)
+    ]
+    return {name: combined([one[name] for one in found]) for name in found[0]}

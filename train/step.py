@@ -17,8 +17,8 @@ from samlight_jax.postprocess import LOW_RES
 from samlight_jax.prompts import Prompts
 from samlight_jax.sam import Sam
 from train import augment, losses, objects
-from train.config import TrainConfig
-from train.losses import Known
+from train.config import Channels, TrainConfig
+from train.losses import Moments
 from train.schedule import Pace
 from train.student import DECODER, PROJECTOR, Arrays, cast, encode, pooled, project
 
@@ -35,7 +35,7 @@ class State(NamedTuple):
       statistics: running means and variances of batch norms.
       ema: averages of `params` (projectors aside) and `statistics`.
       optimizer: optax's state.
-      known: of the teacher's features.
+      moments: of the teacher's features, by name.
     """
 
     step: Array
@@ -44,7 +44,7 @@ class State(NamedTuple):
     statistics: Arrays
     ema: Arrays
     optimizer: Any
-    known: Known
+    moments: dict[str, Moments]
 
 
 class Seen(NamedTuple):
@@ -131,17 +131,19 @@ def feature_terms(
     config, grid = task.config, task.student.grid
     embedding, features = taught
 
-    def loss(guess: Array, target: Array, root: Any) -> Array:
+    def loss(guess: Array, target: Array, moments: Moments, channels: Channels) -> Array:
         # Every photograph counts alike, so that parts of a batch add up to the whole.
-        each = jax.vmap(losses.features, (0, 0, 0, None, None))
-        return each(guess, target, inside, root, config.loss).mean()
+        each = jax.vmap(losses.features, (0, 0, 0, None, None, None))
+        return each(guess, target, inside, moments, config.loss, channels).mean()
 
     terms = {}
     for own, theirs in task.pairs:
-        mean, deviation = state.known.moments[theirs]
+        mean, deviation = state.moments[theirs]
         target = (pooled(features[theirs].astype(jnp.float32), grid) - mean) / deviation
-        terms[own] = loss(project(params, own, found.features[own]), target, jnp.ones(()))
-    terms[EMBEDDING] = loss(found.embedding, embedding, state.known.root)
+        unit = Moments(jnp.zeros_like(mean), jnp.ones_like(deviation))
+        terms[own] = loss(project(params, own, found.features[own]), target, unit, "plain")
+    moments = state.moments[EMBEDDING]
+    terms[EMBEDDING] = loss(found.embedding, embedding, moments, config.channels)
     return terms
 
 
@@ -266,8 +268,9 @@ def update(
     measures["gradient"] = optax.tree.norm(gradients)
     now, decay = {**params, **statistics}, pace.decay
     ema = {name: decay * x + (1 - decay) * now[name] for name, x in state.ema.items()}
-    changed = {"params": params, "statistics": statistics, "ema": ema, "optimizer": optimizer}
-    return state._replace(step=state.step + 1, **changed), measures
+    return State(
+        state.step + 1, params, state.frozen, statistics, ema, optimizer, state.moments
+    ), measures
 
 
 def make_step(task: Task, look: Callable[..., Any], where: State) -> Any:

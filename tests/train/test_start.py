@@ -65,8 +65,7 @@ def test_moments_are_those_of_the_teachers_embedding(teacher):
         return Seen(augment.views(batch, sizes, keys, None, 64))
 
     model = begins.teacher
-    known = start.prepared(begins.task, model, look, iter(photos))
-    found = known.moments
+    found = start.prepared(begins.task, model, look, iter(photos))
     assert found.keys() == {EMBEDDING, "blocks.0", "blocks.1"}
     tokens = []
     for some in photos[: start.SAMPLE // 2]:
@@ -77,7 +76,7 @@ def test_moments_are_those_of_the_teachers_embedding(teacher):
     assert np.allclose(found[EMBEDDING].mean, tokens.mean(0), atol=1e-5)
     assert np.allclose(found[EMBEDDING].deviation, tokens.std(0), rtol=1e-4)
 
-    state = begins.state(known)
+    state = begins.state(found)
     norm = "image_encoder.neck.norm2."
     assert np.array_equal(state.params[f"{norm}bias"], found[EMBEDDING].mean)
     assert np.array_equal(state.params[f"{norm}scale"], found[EMBEDDING].deviation)
