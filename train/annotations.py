@@ -17,7 +17,7 @@ import numpy as np
 import pycocotools.mask
 
 from samlight_jax.errors import InputError
-from train.photographs import Photographs, Root, open_photographs
+from train.photographs import Root, open_photographs
 
 Kind = Literal["coco", "lvis", "sa1b", "folder", "tfds"]
 Box = tuple[float, float, float, float]
@@ -134,7 +134,7 @@ def open_dataset(data: str, root: Root | None = None, split: str | None = None) 
     if data == "sa1b":
         return sa1b.open_sa1b(open_photographs(root))
     if data == "folder":
-        return _open_folder(open_photographs(root))
+        return _open_folder(root)
     return coco.open_layout(data, Path(_single(root) or ""), split)
 
 
@@ -144,13 +144,15 @@ def _single(root: Root | None) -> Path | None:
     raise InputError(f"root={root!r}: this kind of data takes one folder.")
 
 
-def _open_folder(photographs: Photographs) -> Dataset:
+def _open_folder(root: Root) -> Dataset:
+    photographs = open_photographs(root)
+    first, *others = [root] if isinstance(root, (str, os.PathLike)) else root
     photos = tuple(Photo(id=name, name=name) for name in photographs.names)
     if not photos:
         raise InputError(f"{photographs.source} holds no photographs (.jpg, .png, .webp ...).")
     entries = (f"{name} {photographs.entries[name].size}" for name in photographs.names)
     return Dataset(
-        name=Path(photographs.source).name,
+        name=Path(first).name + (f" and {len(others)} more" if others else ""),
         kind="folder",
         photos=photos,
         categories={},

@@ -154,6 +154,15 @@ def test_data_that_is_none_is_refused(tmp_path):
         open_dataset("coco", [tmp_path, tmp_path])
 
 
+def test_a_data_set_of_several_folders_says_so(tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.png").touch()
+    both = [tmp_path / "first", tmp_path / "second"]
+    assert open_dataset("folder", both).name == "first and 1 more"
+    assert open_dataset("folder", both[1]).name == "second"
+
+
 def test_fingerprint_depends_on_where_a_part_ends():
     assert fingerprint(["ab", "c"]) == fingerprint([b"ab", b"c"]) != fingerprint(["a", "bc"])
 
