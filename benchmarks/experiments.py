@@ -81,7 +81,7 @@ ARMS: dict[str, tuple[str, ...]] = {  # @NAME: another arm's folder, or the file
     f"{LONG}, masks": (*MASKS, "--init-from", f"@{LONG}"),
     f"{LONG}, masks, decoder alone": (*MASKS, "--init-from", f"@{LONG}", "--lr", "1e-9"),
     f"{LONG}, masks, clicks": (*CLICKS, "--init-from", f"@{LONG}, masks", "--sheet-every", "100"),
-    "five minutes": ("--batch", "24", "--steps", "6600", "--ema", "0.998"),  # --config h200,
+    "five minutes": ("--batch", "24", "--steps", "6600", "--ema", "0.998"),
 }
 TEACHER = distill.TrainConfig().teacher
 MEASURES = ("agreement", "agreement_point", "agreement_token", "embedding_cosine")
