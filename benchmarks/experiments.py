@@ -63,6 +63,8 @@ ARMS: dict[str, tuple[str, ...]] = {  # @NAME: another arm's folder, or the file
     "channels full": ("--channels", "full"),
     "half the initial scale": ("--init-scale", "0.5"),
     "batches of 24, twice the steps": ("--batch", "24", "--steps", "960"),
+    "batches of 16, three times the steps": ("--batch", "16", "--steps", "1440"),
+    "batches of 12, four times the steps": ("--batch", "12", "--steps", "1920"),
     "smaller crops, mosaics, more colour": (
         *("--augment.mosaic", "0.1", "--augment.colour", "0.3", "--augment.scale", "0.2", "1"),
     ),
