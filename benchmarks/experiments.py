@@ -22,6 +22,7 @@ from typing import Any
 
 import tyro
 
+from benchmarks.report import AGREEMENT
 from pallas_kernels import measure
 from samlight_jax.build_sam import keep_compilations
 from samlight_jax.config import PRESETS, Pattern, SamConfig
@@ -86,7 +87,6 @@ ARMS: dict[str, tuple[str, ...]] = {  # @NAME: another arm's folder, or the file
     "five minutes": ("--batch", "24", "--steps", "6600", "--ema", "0.998"),
 }
 TEACHER = distill.TrainConfig().teacher
-MEASURES = ("agreement", "agreement_point", "agreement_token", "embedding_cosine")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -242,7 +242,7 @@ class Held:
         )
         evaluate.evaluate(options)
         results = json.loads((options.out / "report.json").read_text())["results"]
-        for key in MEASURES:
+        for key in AGREEMENT:
             row[key] = [round(results[key][end], 4) for end in ("value", "low", "high")]
         return row
 

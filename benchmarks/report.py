@@ -70,6 +70,12 @@ FORWARD, BOTH = "forward", "forward+backward"
 OUT_OF_DOMAIN = ("davis",)  # sets without a sibling among the distillation photographs
 METRICS = {"miou": "mIoU", "boundary": "boundary IoU"}
 AP = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")
+AGREEMENT = {  # results of `train.evaluate --prompt teacher-grid`
+    "agreement": "box",
+    "agreement_point": "point",
+    "agreement_token": "point, same token",
+    "embedding_cosine": "cosine of embeddings",
+}
 Rows = Sequence[Sequence[str]]
 
 
@@ -196,15 +202,13 @@ def agreement(values: dict[str, Any]) -> Rows:
 
 def arms(values: dict[str, Any]) -> Rows:
     """Training runs: what differs, how long, how fast, and the agreement with the teacher."""
-    measures = ("agreement", "agreement_point", "agreement_token", "embedding_cosine")
-    head = ("box", "point", "point, same token", "cosine of embeddings")
     return [
-        ("run, {device}, jax {jax}, {date}", "flags", "passes", "passes/s", *head),
+        ("run, {device}, jax {jax}, {date}", "flags", "passes", "passes/s", *AGREEMENT.values()),
         *(
             (
                 *(name, f"`{row['flags'] or '-'}`", f"{row['passes']:,}"),
                 f"{row['images_per_s']:.0f}",
-                *(_interval(row[key][0], row[key][2] - row[key][1]) for key in measures),
+                *(_interval(row[key][0], row[key][2] - row[key][1]) for key in AGREEMENT),
             )
             for name, row in values["arms"].items()
         ),

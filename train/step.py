@@ -268,9 +268,8 @@ def update(
     measures["gradient"] = optax.tree.norm(gradients)
     now, decay = {**params, **statistics}, pace.decay
     ema = {name: decay * x + (1 - decay) * now[name] for name, x in state.ema.items()}
-    return State(
-        state.step + 1, params, state.frozen, statistics, ema, optimizer, state.moments
-    ), measures
+    changed = {"params": params, "statistics": statistics, "ema": ema, "optimizer": optimizer}
+    return state._replace(step=state.step + 1, **changed), measures
 
 
 def make_step(task: Task, look: Callable[..., Any], where: State) -> Any:
