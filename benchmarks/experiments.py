@@ -36,7 +36,15 @@ COMMON = (
 )
 MASKS = ("--stage", "2", "--steps", "225", "--batch", "32", "--warmup", "20", "--ema", "0.98")
 CLICKS = ("--stage", "3", "--steps", "100", "--batch", "32", "--warmup", "20", "--ema", "0.95")
-LONG = "44k passes"
+SHORT = ("--batch", "24", "--steps", "960")
+SOFTLY = (
+    *("--stage", "2", "--steps", "450", "--batch", "32", "--warmup", "50", "--ema", "0.99"),
+    *("--decoder-lr", "1e-5"),
+)
+VARIED = (*("--augment.mosaic", "0.1", "--augment.colour", "0.2", "--augment.scale", "0.25", "1"),)
+LONG, AGAIN = "44k passes", "each view four times"
+FIVE = ("--batch", "24", "--steps", "6600", "--ema", "0.998")
+FOUR = (*FIVE, "--reuse", "4", "--pool", "100")
 SAMLIGHT_T = PRESETS["samlight_t"]
 
 
@@ -60,31 +68,32 @@ ARMS: dict[str, tuple[str, ...]] = {  # @NAME: another arm's folder, or the file
     "rate 3e-3": ("--lr", "3e-3"),
     "rate 6e-3": ("--lr", "6e-3"),
     "rate 9e-3": ("--lr", "9e-3"),
-    "channels plain": ("--channels", "plain"),
-    "channels full": ("--channels", "full"),
+    "channels plain": (*SHORT, "--channels", "plain"),
+    "channels full": (*SHORT, "--channels", "full"),
     "half the initial scale": ("--init-scale", "0.5"),
     "batches of 24, twice the steps": ("--batch", "24", "--steps", "960"),
     "batches of 16, three times the steps": ("--batch", "16", "--steps", "1440"),
     "batches of 12, four times the steps": ("--batch", "12", "--steps", "1920"),
-    "smaller crops, mosaics, more colour": (
-        *("--augment.mosaic", "0.1", "--augment.colour", "0.3", "--augment.scale", "0.2", "1"),
-    ),
+    "smaller crops, mosaics, more colour": (*SHORT, *VARIED),
     "half the time at 512 pixels": ("--image-size", "512", "--batch", "192", "--steps", "240"),
     "then at 1024": ("--init-from", "@half the time at 512 pixels", "--steps", "240"),
-    "AdamW": ("--optimizer", "adamw", "--lr", "1.5e-3"),
-    "ramp over the blocks": ("--schedule", "ramp"),
-    "dense attention": ("--student", "@dense"),
-    "segments of the raster order": ("--student", "@raster"),
-    "no local convolutions": ("--student", "@no_local"),
-    "patch stem": ("--student", "@patch_stem"),
-    "the paper's bare form": ("--student", "samlight_t_paper"),
+    "AdamW": (*SHORT, "--optimizer", "adamw", "--lr", "1.5e-3"),
+    "ramp over the blocks": (*SHORT, "--schedule", "ramp"),
+    "segments of the raster order": (*SHORT, "--student", "@raster"),
+    "no local convolutions": (*SHORT, "--student", "@no_local"),
+    "patch stem": (*SHORT, "--student", "@patch_stem"),
     "3 heads of 128": ("--heads", "3"),
-    "12 blocks": ("--depth", "12"),
+    "12 blocks": (*SHORT, "--depth", "12"),
     LONG: ("--steps", "917"),
     f"{LONG}, masks": (*MASKS, "--init-from", f"@{LONG}"),
     f"{LONG}, masks, decoder alone": (*MASKS, "--init-from", f"@{LONG}", "--lr", "1e-9"),
     f"{LONG}, masks, clicks": (*CLICKS, "--init-from", f"@{LONG}, masks", "--sheet-every", "100"),
-    "five minutes": ("--batch", "24", "--steps", "6600", "--ema", "0.998"),
+    "five minutes": FIVE,
+    AGAIN: FOUR,
+    f"{AGAIN}, soft masks": (*SOFTLY, "--mask-loss", "soft", "--init-from", f"@{AGAIN}"),
+    f"{AGAIN}, masks": (*SOFTLY, "--init-from", f"@{AGAIN}"),
+    f"{AGAIN}, the paper's bare form": (*FOUR, "--student", "samlight_t_paper"),
+    f"{AGAIN}, dense attention": (*FOUR, "--student", "@dense"),
 }
 TEACHER = distill.TrainConfig().teacher
 

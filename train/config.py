@@ -136,6 +136,9 @@ class TrainConfig:
       canvas: photographs are kept within a square of this side, never enlarged.
       cache_photos: decode as they come (none) or once, to the devices' memory (device).
       teacher_cache: folder of `train.cache_teacher`, in stage 1.
+      reuse: times that a view is learnt from with what the teacher made of it; beyond 1 the devices
+        keep a pool of views.
+      pool: batches of views in it (at 1024 pixels a view takes 8.4 MB in bfloat16).
       max_bad: share of photographs that may be unreadable.
       mesh: of devices.
       cluster: of processes.
@@ -186,6 +189,8 @@ class TrainConfig:
     canvas: int = 768
     cache_photos: Literal["none", "device"] = "none"
     teacher_cache: str | None = None
+    reuse: int = 1
+    pool: int = 200
     max_bad: float = 0.01
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     cluster: Cluster = dataclasses.field(default_factory=Cluster)
@@ -201,6 +206,11 @@ class TrainConfig:
         """Of the encoder's rate."""
         return RATES[self.stage] if self.lr is None else self.lr
 
+    @property
+    def held(self) -> int:
+        """Batches in the pool of a run that learns from views again."""
+        return min(self.pool, -(-self.steps // self.reuse))
+
     def program(self) -> TrainConfig:
         """The same for all runs that share a compiled step: they differ in its numbers alone."""
         free = ("steps", "lr", "lr_end", "decoder_lr", "warmup", "ema", "seed", "layers_share")
@@ -208,10 +218,21 @@ class TrainConfig:
         own = {name: getattr(DEFAULT, name) for name in (*free, *aside)}
         own["init_from"] = "a student" if self.stage > 1 else None
         own["embedding_weight"] = float(self.embedding_weight > 0)
+        own["pool"] = self.held if self.reuse > 1 else DEFAULT.pool
         return dataclasses.replace(self, **own)
 
     def __post_init__(self):
-        for name in ("steps", "batch", "accumulate", "canvas", "log_every", "save_every", "keep"):
+        counts = (
+            "steps",
+            "batch",
+            "accumulate",
+            "reuse",
+            "pool",
+            "canvas",
+            "log_every",
+            "save_every",
+        )
+        for name in (*counts, "keep"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}: expected 1 or more.")
         for name in ("init_scale", "lr", "decoder_lr", "clip"):
@@ -255,6 +276,12 @@ class TrainConfig:
             raise InputError(
                 "A teacher's cache holds embeddings alone: it serves stage 1 with "
                 f"--schedule output_only; got stage={self.stage}, schedule={self.schedule!r}."
+            )
+        alone = self.stage > 1 or self.schedule == "output_only"
+        if self.reuse > 1 and (self.teacher_cache or self.targets != "teacher" or not alone):
+            raise InputError(
+                f"reuse={self.reuse} keeps the teacher's embeddings alone: it goes with "
+                "--schedule output_only and --targets teacher, without --teacher-cache."
             )
 
 

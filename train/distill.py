@@ -33,6 +33,7 @@ from train import augment, cache, checkpoint, data, sharding, sheet
 from train.config import PRESETS, Augment, TrainConfig
 from train.log import Log
 from train.losses import Moments
+from train.reuse import Pool
 from train.schedule import Pace
 from train.start import prepare, prepared
 from train.step import Seen, State, make_step
@@ -82,7 +83,11 @@ class Run:
         self.resident = resident
         items = data.Items(None if resident else self.photos, self.cache, len(self.photos))
         rows = sharding.rows_of(jax.process_index(), jax.process_count(), config.batch)
-        self.rows = data.Rows(items, config.seed, rows, config.batch, config.steps)
+        self.pool = None
+        if config.reuse > 1:
+            self.pool = Pool(self.task, self.teacher, self._see, self._fresh, self.mesh)
+        steps = self.pool.filled if self.pool else config.steps
+        self.rows = data.Rows(items, config.seed, rows, config.batch, steps)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.checkpoints = checkpoint.Checkpoints(self.folder, self._identity(), config.keep)
 
@@ -107,12 +112,18 @@ class Run:
 
     def batches(self, start: int) -> Iterator[Any]:
         """What `look` takes, step after step."""
+        return self._fresh(start) if self.pool is None else self.pool.batches(start)
+
+    def look(self, batch: Any, keys: jax.Array) -> Seen:
+        """A batch as the models see it; inside `jit`."""
+        return (self._see if self.pool is None else self.pool.look)(batch, keys)
+
+    def _fresh(self, start: int) -> Iterator[Any]:
         held = None if self.resident is None else self.resident.arrays
         for batch in data.batches(self.rows, start, self.mesh):
             yield batch, held
 
-    def look(self, batch: Any, keys: jax.Array) -> Seen:
-        """A batch as the models see it; inside `jit`."""
+    def _see(self, batch: Any, keys: jax.Array) -> Seen:
         (some, held), varied = batch, self.config.augment
         photos = some if self.resident is None else self.resident.take(held, some["item"])
         if self.cache is not None:
@@ -177,6 +188,7 @@ class Run:
         )
         with log:
             state = self._steps(state, advance, start, log)
+        self.pool = None  # its memory is given to the next run
         self._save(state)
         self.checkpoints.close()
         if int(state.step) < self.config.steps:

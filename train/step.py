@@ -52,7 +52,7 @@ class Seen(NamedTuple):
 
     Attributes:
       views: of the photographs.
-      taught: the teacher's embeddings, of a cache.
+      taught: the teacher's embeddings, of a cache or a pool.
       masks: (b, k, m, m) bool, the data's own, low-resolution.
     """
 
@@ -171,7 +171,7 @@ def stages_2_3(
     config, low_res = task.config, LOW_RES * task.student.grid
     views, given = seen.views, seen.masks
     if given is None:  # the teacher is asked for objects, with its own embedding
-        given, _ = teach(task, teacher, views)
+        given = teach(task, teacher, views)[0] if seen.taught is None else seen.taught
     arrays = {**params, **state.frozen, **state.statistics}
     found = encode(task.student, arrays, views.pixels, dtype=config.dtype, remat=config.remat)
     model = weights.build(task.student, cast(arrays, config.dtype), folded=False)

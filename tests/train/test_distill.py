@@ -151,6 +151,25 @@ def test_photographs_in_device_memory_change_nothing(folder):
     assert_same_run(folder / "whole", out, 1e-5)
 
 
+def test_learns_from_views_again(folder):
+    """On eight devices as on one, and killed between two fillings of the pool."""
+    again = {"reuse": 3, "pool": 2, "schedule": "output_only"}
+    for out, flags in (("again", {}), ("again8", {"devices": 8}), ("again_killed", {"steps": 12})):
+        code, said = runs.run(folder, out=folder / out, **again, **flags)
+        assert code == 0, said
+    assert_same_run(folder / "again", folder / "again8", 1e-5)
+    out = folder / "again_killed"
+    for path in (out / "checkpoints" / "12", out / "model.safetensors"):
+        subprocess.run(["rm", "-r", path], check=True)
+    code, said = runs.run(folder, out=out, **again)
+    assert code == 0 and "continues at step 8" in said, said
+    assert max(differences(folder / "again", out).values()) == 0
+    code, said = runs.run(
+        folder, out=folder / "again2", stage=2, init_from=out, steps=3, reuse=2, pool=2
+    )
+    assert code == 0, said
+
+
 def test_parts_of_a_batch_have_the_gradient_of_the_whole(folder):
     """Batch norm aside, which knows only its part: a student with a patch stem has none."""
     flags = {"student": "samlight_t_paper", "batch": 8, "steps": 4}
