@@ -31,8 +31,8 @@ from train import data, distill, evaluate
 
 RESULTS = Path(__file__).parent / "results" / "experiments.json"
 COMMON = (
-    *("--config", "h200", "--stage", "1", "--steps", "480", "--batch", "48", "--ema", "0.99"),
-    *("--sheet-every", "0", "--save-every", "1000000"),
+    *("--cache-photos", "device", "--stage", "1", "--steps", "480", "--batch", "48"),
+    *("--ema", "0.99", "--sheet-every", "0", "--save-every", "1000000"),
 )
 MASKS = ("--stage", "2", "--steps", "225", "--batch", "32", "--warmup", "20", "--ema", "0.98")
 CLICKS = ("--stage", "3", "--steps", "100", "--batch", "32", "--warmup", "20", "--ema", "0.95")

@@ -203,11 +203,11 @@ def agreement(values: dict[str, Any]) -> Rows:
 def arms(values: dict[str, Any]) -> Rows:
     """Training runs: what differs, how long, how fast, and the agreement with the teacher."""
     return [
-        ("run, {device}, jax {jax}, {date}", "flags", "passes", "passes/s", *AGREEMENT.values()),
+        ("run, {device}, jax {jax}, {date}", "flags", "passes", "seconds", *AGREEMENT.values()),
         *(
             (
                 *(name, f"`{row['flags'] or '-'}`", f"{row['passes']:,}"),
-                f"{row['images_per_s']:.0f}",
+                f"{row['seconds']:.0f}",
                 *(_interval(row[key][0], row[key][2] - row[key][1]) for key in AGREEMENT),
             )
             for name, row in values["arms"].items()

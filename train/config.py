@@ -305,7 +305,14 @@ DEBUG = TrainConfig(
     sheet_every=20,
     save_every=20,
 )
-H200 = TrainConfig(out="runs/samlight_t", cache_photos="device", steps=6600)
+H200 = TrainConfig(
+    out="runs/samlight_t",
+    cache_photos="device",
+    steps=12_500,
+    reuse=4,
+    ema=0.999,
+    augment=Augment(scale=(0.25, 1.0), colour=0.2, mosaic=0.1),
+)
 PRESETS = {
     "default": ("TrainConfig's own values.", DEFAULT),
     "debug": (
@@ -314,9 +321,9 @@ PRESETS = {
         DEBUG,
     ),
     "h200": (
-        "One H200, five minutes and a minute of compilation: photographs decoded once into its "
-        "memory: python -m train.distill --config h200 --data shards/*.tar. Masks by box agree "
-        "with the teacher's as docs/experiments.md says (the run 'five minutes').",
+        "One H200, seven minutes and two of compilation: stage 1 of the released samlight_t, "
+        "photographs decoded once into its memory: python -m train.distill --config h200 "
+        "--data shards/*.tar. docs/model_card.md says what it gives.",
         H200,
     ),
     "h200x2": (

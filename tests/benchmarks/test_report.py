@@ -175,8 +175,8 @@ def test_agreement_is_the_worst_of_the_sets():
 def test_arms():
     measures = ("agreement", "agreement_point", "agreement_token", "embedding_cosine")
     row = {name: [0.9, 0.88, 0.93] for name in measures}
-    row |= {"flags": "--lr 1e-3", "passes": 23040, "images_per_s": 553.944}
+    row |= {"flags": "--lr 1e-3", "passes": 23040, "seconds": 46.1}
     found = {"arms": {"one": row}, "device": "NVIDIA H200", "jax": "0.11.2", "date": "2026-01-02"}
     head, cells = report.arms(found)
-    assert cells[:4] == ("one", "`--lr 1e-3`", "23,040", "554")
+    assert cells[:4] == ("one", "`--lr 1e-3`", "23,040", "46")
     assert len(head) == len(cells) and set(cells[4:]) == {"0.900 ±0.025"}
