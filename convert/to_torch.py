@@ -39,7 +39,7 @@ def convert(
     if output.suffix not in SUFFIXES:
         raise InputError(f"-o {output}: expected a name that ends in {', '.join(SUFFIXES)}.")
     arrays, config, _ = weights.read(model)
-    state = to_torch(arrays, config)
+    state = to_torch(weights.widened(arrays), config)
     unused = unused_by_sam(state, config)
     write({**state, **unused}, output)
     print(f"{output}: {config.name}, from {model}")

@@ -2,7 +2,8 @@
 
 A file is one `.safetensors` with the config, format version, source and licence as metadata, or an
 orbax directory with the same metadata in `samlight.json`. Batch norms are stored unfolded, so that
-a file can be trained on and converted back to PyTorch bit for bit; they are folded at load.
+a file can be trained on and converted back to PyTorch bit for bit; they are folded at load. Arrays
+may be stored in bfloat16; models start from them in float32.
 """
 
 from __future__ import annotations
@@ -65,11 +66,14 @@ def _abstract(config: SamConfig, folded: bool) -> Sam:
 def build(config: SamConfig, arrays: Mapping[str, np.ndarray], *, folded: bool = True) -> Sam:
     """A model with these arrays, by the names of `expected(config)`; folded for inference.
 
+    Folded, it is in float32 at least, so that no product of folding is rounded; unfolded, in the
+    arrays' own dtypes.
+
     Raises:
       InputError: names missing or unknown, or shapes that differ; all are listed.
     """
     _check(config, arrays)
-    arrays = fold(arrays) if folded else arrays
+    arrays = fold(widened(arrays)) if folded else arrays
     return replaced(_abstract(config, folded), lambda name, _: jax.numpy.asarray(arrays[name]))
 
 
@@ -105,6 +109,11 @@ def _check(config: SamConfig, arrays: Mapping[str, np.ndarray]) -> None:
         )
 
 
+def widened(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """The same values in float32, where a file keeps them in fewer bits."""
+    return {n: x.astype(np.float32) if x.dtype.itemsize < 4 else x for n, x in arrays.items()}
+
+
 def fold(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Folds every batch norm into the convolution before it (computed in float64)."""
     folded = {name: array for name, array in arrays.items() if ".bn." not in name}
@@ -125,9 +134,9 @@ def fold(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def resize(
     config: SamConfig, arrays: Mapping[str, np.ndarray], image_size: int
 ) -> tuple[SamConfig, dict[str, np.ndarray]]:
-    """The config and arrays for another `image_size`: position tables are interpolated."""
+    """Config and `widened` arrays for another `image_size`: position tables are interpolated."""
     resized = dataclasses.replace(config, image_size=image_size)
-    arrays = dict(arrays)
+    arrays = widened(arrays)
     encoder = config.encoder
     if image_size == config.image_size or not isinstance(encoder, ViTConfig):
         return resized, arrays

@@ -37,6 +37,17 @@ def test_stage_1_trains_the_encoder_and_projectors(teacher):
     assert state.statistics and state.frozen
 
 
+def test_a_run_goes_on_from_a_file_in_bfloat16_in_float32(teacher, tmp_path):
+    begins = begun(teacher)
+    low = {name: np.asarray(x, jax.numpy.bfloat16) for name, x in begins.arrays.items()}
+    weights.save(tmp_path / "low.safetensors", low, begins.task.student)
+    state = begun(teacher, init_from=str(tmp_path / "low.safetensors")).state()
+    for part in (state.params, state.frozen, state.statistics, state.ema):
+        assert {x.dtype for x in part.values()} == {np.dtype(np.float32)}
+    name = "image_encoder.blocks.0.attn.qkv.kernel"
+    assert (state.params[name] == low[name].astype(np.float32)).all()
+
+
 def test_state_holds_a_whole_model(teacher):
     begins = begun(teacher)
     state = begins.state()
