@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,21 @@ def table(first: Path, second: Path) -> str:
     Raises:
       InputError: not two reports, or of different data, or without a common instance.
     """
-    a, b = _read(first), _read(second)
+    a, b = read(first), read(second)
     if a["data"]["fingerprint"] != b["data"]["fingerprint"]:
         raise InputError(
             f"{first} is of {a['data']['name']} ({a['data']['fingerprint'][:12]}), {second} of "
             f"{b['data']['name']} ({b['data']['fingerprint'][:12]}); only reports of the same data "
             "compare."
         )
-    ours, theirs = ({(i["photo"], i["id"]): i for i in each["instances"]} for each in (a, b))
-    common = [key for key in ours if key in theirs]
+    common = pairs(a, b)
     if not common:
         raise InputError(f"{first} and {second} have no instance in common; nothing compares.")
     lines = [
         f"A: {a['model']['name']} ({a['model']['fingerprint'][:12]}), {first}",
         f"B: {b['model']['name']} ({b['model']['fingerprint'][:12]}), {second}",
-        f"{len(common)} common instances of {len(ours)} and {len(theirs)} of {a['data']['name']}",
+        f"{len(common)} common instances of {len(a['instances'])} and {len(b['instances'])} of "
+        f"{a['data']['name']}",
         *_protocols(a["protocol"], b["protocol"]),
         "",
         "| | A | B | B - A | 95 % interval | n |",
@@ -39,7 +40,7 @@ def table(first: Path, second: Path) -> str:
     ]
     rows = []
     for key, name in AVERAGED.items():
-        both = [(ours[k], theirs[k]) for k in common if key in ours[k] and key in theirs[k]]
+        both = [(x, y) for x, y in common if key in x and key in y]
         rows += _rows(NAMES[name], key, both)
     ap = [report["results"].get("ap", {}) for report in (a, b)]
     for name, x in ap[0].items():
@@ -50,7 +51,21 @@ def table(first: Path, second: Path) -> str:
     return "\n".join([*lines, *rows])
 
 
-def _read(path: Path) -> dict[str, Any]:
+def pairs(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+    """The instances that both reports have, in the order of the first."""
+    theirs = {(each["photo"], each["id"]): each for each in b["instances"]}
+    keys = [(each["photo"], each["id"]) for each in a["instances"]]
+    return [
+        (each, theirs[key]) for key, each in zip(keys, a["instances"], strict=True) if key in theirs
+    ]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A report.json of train.evaluate.
+
+    Raises:
+      InputError: it cannot be read, or is none.
+    """
     try:
         report = json.loads(path.read_text())
         for key in ("protocol", "model", "data", "results", "instances"):
