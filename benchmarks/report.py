@@ -13,6 +13,18 @@ from typing import Any
 
 import tyro
 
+from benchmarks import report_student
+from benchmarks.cells import (
+    AGREEMENT,
+    OUT_OF_DOMAIN,
+    Rows,
+    interval,
+    mask,
+    mean,
+    titled,
+    together,
+    where,
+)
 from samlight_jax.errors import InputError, exit_on_error
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,16 +79,8 @@ HEADLINES = (  # shapes for the README
 KERNELS = ("mosaic_gpu", "triton", "jax_triton")  # ours
 OTHERS = ("cudnn", "cudnn_dense", "xla", "unfused")
 FORWARD, BOTH = "forward", "forward+backward"
-OUT_OF_DOMAIN = ("davis",)  # sets without a sibling among the distillation photographs
 METRICS = {"miou": "mIoU", "boundary": "boundary IoU"}
 AP = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")
-AGREEMENT = {  # results of `train.evaluate --prompt teacher-grid`
-    "agreement": "box",
-    "agreement_point": "point",
-    "agreement_token": "point, same token",
-    "embedding_cosine": "cosine of embeddings",
-}
-Rows = Sequence[Sequence[str]]
 
 
 def headlines(values: dict[str, Any]) -> Rows:
@@ -148,16 +152,15 @@ def by_set(metric: str) -> Callable[[dict[str, Any]], Rows]:
 
     def table(values: dict[str, Any]) -> Rows:
         found = {(row["set"], row["protocol"]): row for row in values["rows"]}
-        sets, versions = _sets(values), values["versions"]
+        sets = _sets(values)
         masks = {row["set"]: row[metric]["n"] for row in values["rows"]}
         what = f"{METRICS[metric]}, {values['model']['name']}"
-        where = f"{versions['device']}, jax {versions['jax']}, {values['date']}"
-        titles = [_titled(name, masks[name]) for name in sets]
-        rows = [[f"{what}, {where}", "mask", *titles, f"mean of {len(sets)} sets"]]
+        titles = [titled(name, masks[name]) for name in sets]
+        rows = [[f"{what}, {where(values)}", "mask", *titles, f"mean of {len(sets)} sets"]]
         for protocol, fields in values["protocols"].items():
             cells = [found.get((name, protocol)) for name in sets]
             means = [None if row is None else row[metric] for row in cells]
-            rows.append([f"`{protocol}`", _mask(fields), *map(_mean, means), _together(means)])
+            rows.append([f"`{protocol}`", mask(fields), *map(mean, means), together(means)])
         return rows
 
     return table
@@ -208,7 +211,7 @@ def arms(values: dict[str, Any]) -> Rows:
             (
                 *(name, f"`{row['flags'] or '-'}`", f"{row['passes']:,}"),
                 f"{row['seconds']:.0f}",
-                *(_interval(row[key][0], row[key][2] - row[key][1]) for key in AGREEMENT),
+                *(interval(row[key][0], row[key][2] - row[key][1]) for key in AGREEMENT),
             )
             for name, row in values["arms"].items()
         ),
@@ -218,32 +221,6 @@ def arms(values: dict[str, Any]) -> Rows:
 def _sets(values: dict[str, Any]) -> list[str]:
     """Those out of the domain last."""
     return sorted(values["data"], key=lambda name: (name in OUT_OF_DOMAIN, name))
-
-
-def _titled(name: str, masks: int) -> str:
-    return f"{name} ({masks})" + (", out of domain" if name in OUT_OF_DOMAIN else "")
-
-
-def _mask(protocol: dict[str, Any]) -> str:
-    clicks = protocol["refine"]
-    return protocol["mask_select"] + (f", {clicks} click{'s'[: clicks - 1]}" if clicks else "")
-
-
-def _mean(found: dict[str, float] | None) -> str:
-    return "-" if found is None else _interval(found["value"], found["high"] - found["low"])
-
-
-def _together(found: Sequence[dict[str, float] | None]) -> str:
-    """Of independent means: the widths of their intervals add as squares."""
-    known = [each for each in found if each is not None]
-    if len(known) < len(found):
-        return "-"
-    width = sum((each["high"] - each["low"]) ** 2 for each in known) ** 0.5
-    return _interval(sum(each["value"] for each in known) / len(known), width / len(known))
-
-
-def _interval(value: float, width: float) -> str:
-    return f"{value:.3f} ±{width / 2:.3f}"
 
 
 def _timed(values: dict[str, Any], shape: str, direction: str) -> dict[str, Any]:
@@ -278,11 +255,17 @@ TABLES: tuple[tuple[str, str, Table, str], ...] = (  # page, name of its markers
     ("docs/evaluation.md", "boundary", by_set("boundary"), "evaluation_minisam.json"),
     ("docs/evaluation.md", "ap", average_precisions, "evaluation_minisam.json"),
     ("docs/evaluation.md", "agreement", agreement, "evaluation_minisam.json"),
+    ("docs/model_card.md", "student", report_student.beside, "release.json"),
+    ("docs/model_card.md", "student_scores", report_student.scores, "release.json"),
+    ("docs/model_card.md", "student_agreement", report_student.agreement, "release.json"),
+    ("docs/model_card.md", "student_variants", report_student.variants, "release.json"),
 )
 
 
 def markdown(table: Table, values: dict[str, Any]) -> str:
     """A table whose cells are filled with the values; its first row is the head."""
+    if not values:
+        return "Not measured yet."
     rows = table(values) if callable(table) else table
     head, *body = (f"| {' | '.join(row)} |".format(**values) for row in rows)
     return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
