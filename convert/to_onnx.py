@@ -51,7 +51,7 @@ def to_onnx(
 
     Args:
       what: encoder or decoder.
-      model: a model file, or the name of one in the cache folder (see `samlight models`).
+      model: a model file, or the name of one (see `samlight models`).
       batch: images in a call of the encoder, prompts in a call of the decoder: dynamic, or a
         number.
       output: the file; by default MODEL_PROGRAM.onnx in this folder.

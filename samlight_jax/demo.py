@@ -45,8 +45,8 @@ def demo(
     it may use it.
 
     Args:
-      model: a model file, or the name of one in the cache folder (see `samlight models`). May be
-        repeated, to switch between them; without it, all in the cache folder.
+      model: a model file, or the name of one (see `samlight models`). May be repeated, to switch
+        between them; without it, all named ones that are there, the default first.
       examples: photographs to pick from; without it, scikit-image's, if that is installed.
       host: the address to listen on.
       port: the port to listen on.

@@ -24,7 +24,7 @@ import numpy as np
 import tyro
 
 from samlight_jax import weights
-from samlight_jax.build_sam import find
+from samlight_jax.build_sam import DEFAULT, find
 from samlight_jax.config import EMBEDDING, SamConfig, ViTConfig
 from samlight_jax.errors import InputError
 from samlight_jax.postprocess import LOW_RES
@@ -259,7 +259,7 @@ def report(
 def export(
     *,
     what: What,
-    model: str = "minisam",
+    model: str = DEFAULT,
     format: Literal["stablehlo", "onnx"] = "stablehlo",
     batch: Annotated[str, tyro.conf.arg(metavar="dynamic|N")] = "dynamic",
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
@@ -274,7 +274,7 @@ def export(
 
     Args:
       what: encoder or decoder.
-      model: a model file, or the name of one in the cache folder (see `samlight models`).
+      model: a model file, or the name of one (see `samlight models`).
       format: stablehlo or onnx.
       batch: images in a call of the encoder or of StableHLO's decoder, prompts in a call of
         ONNX's decoder: dynamic, or a number.

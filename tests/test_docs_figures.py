@@ -58,7 +58,7 @@ def test_every_head_covers_its_own_residue():
 
 def test_all_pictures_are_made(tmp_path, monkeypatch):
     predictor = samlight_jax.SamPredictor
-    monkeypatch.setattr(samlight_jax, "SamPredictor", lambda: predictor(random_model()))
+    monkeypatch.setattr(samlight_jax, "SamPredictor", lambda _: predictor(random_model()))
     figures.main(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(PICTURES)
 

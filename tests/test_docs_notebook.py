@@ -21,8 +21,8 @@ def test_it_runs_and_every_picture_is_made_anew(tmp_path, monkeypatch):
     import nbclient
     import nbformat
 
-    minisam = PRESETS["minisam"]
-    weights.save(tmp_path / "minisam.safetensors", random_arrays(minisam), minisam)
+    preset = PRESETS["samlight_t"]
+    weights.save(tmp_path / "samlight_t.safetensors", random_arrays(preset), preset)
     monkeypatch.setenv("SAMLIGHT_CACHE", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(NOTEBOOK.parents[1]))
     notebook = nbformat.read(NOTEBOOK, as_version=4)

