@@ -239,7 +239,8 @@ def ranked(instances: Sequence[Mapping[str, Any]]) -> float | None:
     predicted, true = ([each[key] for each in instances] for key in ("predicted_iou", "iou"))
     if len(set(predicted)) < 2 or len(set(true)) < 2:
         return None
-    return round(float(spearmanr(predicted, true).statistic), 4)
+    found: Any = spearmanr(predicted, true)  # scipy has no types
+    return round(float(found.statistic), 4)
 
 
 def mean_of(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
