@@ -1,6 +1,8 @@
 """The house keeps its rules: imports flow one way, files stay small, modules have their tests."""
 
 import ast
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,15 @@ def test_no_file_is_too_long(package):
         lines = len(path.read_text().splitlines())
         limit = 600 if path.stem.endswith("_kernels") else 400
         assert lines <= limit, f"{path.relative_to(ROOT)} has {lines} lines"
+
+
+def test_the_released_weights_are_not_ignored():
+    """Wheel and sdist leave out what git ignores."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("no clone")
+    for name, code in (("samlight_jax/weights/samlight_t", 1), ("samlight_t", 0)):
+        command = ["git", "check-ignore", "--no-index", "-q", f"{name}.safetensors"]
+        assert subprocess.run(command, cwd=ROOT).returncode == code
 
 
 @pytest.mark.parametrize("package", MAY_IMPORT)
