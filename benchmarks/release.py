@@ -3,7 +3,7 @@
 Run: `python -m benchmarks.release --root DATA/eval --photographs shards/*.tar --heldout
 heldout.csv`. Every evaluation is `train.evaluate`'s and keeps its report in
 WORK/<subject>/<set>/<protocol>, WORK/heldout or WORK/train; what is finished there is read, not run
-again. Subjects are teacher, student, bfloat16 (the student computed in it) and, with --float32,
+again. Subjects are teacher, student and, where asked for, bfloat16 (the student computed in it) and
 float32 (the file before its arrays became bfloat16). `python -m benchmarks.report` then writes the
 tables of docs/model_card.md.
 """
@@ -50,6 +50,7 @@ class Options:
       heldout: a file that names those of them that were kept out.
       model: the student, a file or a name.
       float32: its file in float32, before train.release; without it that is not compared.
+      bfloat16: whether to evaluate the student computed in it too, which is a GPU's work.
       teacher: a file or a name.
       sets: some of the root's folders; all by default.
       limit: photographs of each of held out and training, evenly spaced; all that are held out.
@@ -63,6 +64,7 @@ class Options:
     heldout: Path | None = None
     model: str = DEFAULT
     float32: str | None = None
+    bfloat16: bool = False
     teacher: str = evaluation.TEACHER
     sets: tuple[str, ...] = ()
     limit: int | None = None
@@ -128,8 +130,9 @@ def subjects(options: Options) -> dict[str, tuple[str, dict[str, Any]]]:
     found: dict[str, tuple[str, dict[str, Any]]] = {
         "teacher": (options.teacher, {}),
         "student": (options.model, {}),
-        "bfloat16": (options.model, {"dtype": "bfloat16"}),
     }
+    if options.bfloat16:
+        found["bfloat16"] = options.model, {"dtype": "bfloat16"}
     return found | ({"float32": (options.float32, {})} if options.float32 else {})
 
 

