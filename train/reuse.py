@@ -72,17 +72,15 @@ class Pool:
 
     def batches(self, start: int) -> Iterator[tuple[Arrays, Arrays]]:
         """What `look` takes, from step `start` on."""
-        config, each = self.config, self.held
+        config, held = self.config, self.held
         rows = sharding.rows_of(jax.process_index(), jax.process_count(), config.batch)
-        shuffled = -1, np.empty((0, 0), int)
-        for step in range(start, config.steps):
-            turn, place = divmod(step, each)
+        for turn in range(start // held, -(-config.steps // held)):
             self._fill(turn // config.reuse)
-            if turn != shuffled[0]:
-                shuffled = turn, self._places(turn)
-            places = shuffled[1]
-            some = {"place": places[rows, place].astype(np.int32)}
-            yield sharding.from_rows(some, self.mesh), self.arrays
+            places = self._places(turn)
+            first, end = turn * held, min((turn + 1) * held, config.steps)
+            for step in range(max(start, first), end):
+                some = {"place": places[rows, step - first].astype(np.int32)}
+                yield sharding.from_rows(some, self.mesh), self.arrays
 
     def _places(self, turn: int) -> np.ndarray:
         """(batch, held): for each row, the whole pool in an order of its own."""
