@@ -53,7 +53,7 @@ class Options:
       bfloat16: whether to evaluate the student computed in it too, which is a GPU's work.
       teacher: a file or a name.
       sets: some of the root's folders; all by default.
-      limit: photographs of each of held out and training, evenly spaced; all that are held out.
+      limit: photographs of the training, evenly spaced; as many as are held out by default.
       work: folder of the reports.
       output: the JSON.
       tiny: tiny random models on synthetic sets; without --output nothing is kept.
@@ -116,8 +116,8 @@ def measure(options: Options) -> None:
     sets = evaluation.sets_of(options.root, options.sets)
     sets.sort(key=lambda folder: (folder.name in OUT_OF_DOMAIN, folder.name))
     found = {subject: subject_reports(options, subject, sets) for subject in subjects(options)}
-    held = agreement(options, "heldout", {"only": (options.heldout,), "limit": options.limit})
-    limit = held["counts"]["photographs chosen"]
+    held = agreement(options, "heldout", {"only": (options.heldout,)})
+    limit = options.limit or held["counts"]["photographs chosen"]
     seen = agreement(options, "train", {"exclude": (options.heldout,), "limit": limit})
     values = summary(found, {"heldout": held, "train": seen})
     text = evaluation.text(values)
