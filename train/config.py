@@ -14,6 +14,10 @@ Channels = Literal["plain", "half", "full"]
 Schedule = Literal["output_only", "ramp", "one_hot"]
 
 
+COUNTS = (
+    *("steps", "batch", "accumulate", "reuse", "pool", "canvas", "log_every", "save_every"),
+    "keep",
+)
 RATES = {1: 4.5e-3, 2: 1e-4, 3: 5e-5}  # of the encoder, by stage
 
 
@@ -222,17 +226,7 @@ class TrainConfig:
         return dataclasses.replace(self, **own)
 
     def __post_init__(self):
-        counts = (
-            "steps",
-            "batch",
-            "accumulate",
-            "reuse",
-            "pool",
-            "canvas",
-            "log_every",
-            "save_every",
-        )
-        for name in (*counts, "keep"):
+        for name in COUNTS:
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}: expected 1 or more.")
         for name in ("init_scale", "lr", "decoder_lr", "clip"):
@@ -272,6 +266,10 @@ class TrainConfig:
             )
         if self.inherit and self.init_from:
             raise InputError("inherit and init_from are two ways to start; give one.")
+        self._check_embeddings()
+
+    def _check_embeddings(self) -> None:
+        """Of what is kept of the teacher there are embeddings alone."""
         if self.teacher_cache and (self.stage > 1 or self.schedule != "output_only"):
             raise InputError(
                 "A teacher's cache holds embeddings alone: it serves stage 1 with "
