@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from benchmarks import compare_subjects
+from benchmarks import compare_automatic, compare_subjects
 from pallas_kernels import measure
 from samlight_jax.errors import InputError, exit_on_error
 
@@ -29,6 +29,7 @@ BATCHES = (1, 16, 64)
 PROMPTS = (1, 16, 256)
 SIDES = (512, 768, 1024, 1536, 2048)
 SPEND = 0.4  # seconds on one figure
+SUBJECTS = (*compare_subjects.SUBJECTS, *compare_automatic.SUBJECTS)
 Row = dict[str, Any]
 
 
@@ -37,7 +38,7 @@ class Options:
     """Times encoders and whole predictions of this package and of its peers.
 
     Attributes:
-      subjects: names of `compare_subjects.SUBJECTS`; all by default.
+      subjects: names of `SUBJECTS`; all by default.
       output: the JSON; what it holds of other subjects stays if the device is the same.
       limit: seconds for one subject.
       only: times this one subject in this process and prints its row; for the program itself.
@@ -58,12 +59,11 @@ def main() -> None:
 
 def _main(options: Options) -> None:
     if options.only is not None:
-        subject = compare_subjects.SUBJECTS[options.only](tiny=options.tiny)
-        print(json.dumps(measured(subject, tiny=options.tiny)))
+        print(json.dumps(_measured(options.only, tiny=options.tiny)))
         return
-    names = options.subjects or tuple(compare_subjects.SUBJECTS)
-    if unknown := sorted(set(names) - set(compare_subjects.SUBJECTS)):
-        known = ", ".join(compare_subjects.SUBJECTS)
+    names = options.subjects or SUBJECTS
+    if unknown := sorted(set(names) - set(SUBJECTS)):
+        known = ", ".join(SUBJECTS)
         raise InputError(f"--subjects {' '.join(unknown)}: expected some of {known}.")
     machine = json.loads(_child("import json; from pallas_kernels import measure; "
                                 "print(json.dumps(measure.machine()))"))  # fmt: skip
@@ -78,9 +78,17 @@ def _main(options: Options) -> None:
         print(f"{name}: {row.get('failed') or _line(row)}", flush=True)
 
 
+def _measured(name: str, *, tiny: bool) -> Row:
+    if name in compare_automatic.SUBJECTS:
+        return compare_automatic.measured(compare_automatic.SUBJECTS[name](tiny=tiny), tiny=tiny)
+    return measured(compare_subjects.SUBJECTS[name](tiny=tiny), tiny=tiny)
+
+
 def _line(row: Row) -> str:
-    batches = ", ".join(f"b{b} {ms:.3g}" for b, ms in row["encoder_ms_per_image"].items())
-    return f"latency {row['encoder_latency_ms']:.3g} ms; ms an image: {batches}"
+    if "automatic_ms" in row:
+        return f"{row['masks']} masks, ms by points at once: {row['automatic_ms']}"
+    batches = ", ".join(f"b{b} {ms}" for b, ms in row["encoder_ms_per_image"].items())
+    return f"latency {row['encoder_latency_ms']} ms; ms an image: {batches}"
 
 
 def _child(code: str) -> str:
@@ -103,26 +111,30 @@ def _row(name: str, options: Options) -> Row:
 
 
 def measured(subject: Any, *, tiny: bool = False) -> Row:
-    """All figures of one subject; those it has no way to make are left out."""
+    """All figures of a subject; what it has no way to make is left out, what does not fit None."""
+
+    def timed(by: Callable[..., float], call: Callable[[], Any]) -> float | None:
+        try:
+            return by(call, subject.wait)
+        except subject.exhausted:
+            return None
+
     side = subject.side
     row: Row = {**subject.described(), "parity": subject.parity()}
-    one = subject.encoder(1, side)
-    row["encoder_latency_ms"] = latency(one, subject.wait)
+    row["mask_parity"] = subject.mask_parity()
+    row["encoder_latency_ms"] = timed(latency, subject.encoder(1, side))
     row["memory_mib"] = subject.memory_mib()
     row["encoder_ms_per_image"] = {}
     for batch in BATCHES[:2] if tiny else BATCHES:
-        ms = throughput(subject.encoder(batch, side), subject.wait)
-        row["encoder_ms_per_image"][batch] = measure.digits(ms / batch)
-    for key, values, make in (
-        ("predict_ms", PROMPTS[:2] if tiny else PROMPTS, subject.predict),
-        ("prompts_ms", PROMPTS[:2] if tiny else PROMPTS, subject.prompts),
-    ):
-        calls = {n: call for n in values if (call := make(n)) is not None}
-        row[key] = {n: latency(call, subject.wait) for n, call in calls.items()}
+        ms = timed(throughput, subject.encoder(batch, side))
+        row["encoder_ms_per_image"][batch] = None if ms is None else measure.digits(ms / batch)
+    for key, make in (("predict_ms", subject.predict), ("prompts_ms", subject.prompts)):
+        calls = {n: call for n in (PROMPTS[:2] if tiny else PROMPTS) if (call := make(n))}
+        row[key] = {n: timed(latency, call) for n, call in calls.items()}
     row["side_ms"] = {}
     for other in (side, 2 * side) if tiny else SIDES:
         if (call := subject.encoder(1, other)) is not None:
-            row["side_ms"][other] = throughput(call, subject.wait)
+            row["side_ms"][other] = timed(throughput, call)
     return row
 
 
@@ -137,20 +149,18 @@ def throughput(call: Callable[[], Any], wait: Callable[[], None]) -> float:
 
 
 def _median(call: Callable[[], Any], row: int, wait: Callable[[], None]) -> float:
-    for _ in range(3):
-        call()
-    wait()
-
-    def spent() -> float:
+    def spent(row: int) -> float:
         start = time.perf_counter()
         for _ in range(row):
             call()
         wait()
-        return 1e3 * (time.perf_counter() - start) / row
+        return (time.perf_counter() - start) / row
 
-    once = spent()
-    samples = int(min(max(1e3 * SPEND / (row * once), 3), 50))
-    return measure.digits(float(np.median([spent() for _ in range(samples)])))
+    spent(2)  # compiles, warms
+    once = spent(1)
+    row = max(1, min(row, int(SPEND / once)))
+    samples = int(min(max(SPEND / (row * once), 3), 50))
+    return measure.digits(1e3 * float(np.median([spent(row) for _ in range(samples)])))
 
 
 if __name__ == "__main__":

@@ -11,12 +11,22 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 SIDE = 1024
 TINY_SIDE = 256
 IMAGE = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
 BOX = np.array([200.0, 150, 800, 700])
 Call = Callable[[], Any]
+
+
+def photograph(side: int) -> np.ndarray:
+    """A photograph of scikit-image's, (side, side, 3) uint8."""
+    from skimage import data  # type: ignore[reportMissingImports]
+
+    return np.asarray(
+        Image.fromarray(data.astronaut()).resize((side, side), Image.Resampling.BICUBIC)
+    )
 
 
 class Ours:
@@ -32,6 +42,7 @@ class Ours:
         import jax
 
         self.jax, self.side = jax, TINY_SIDE if tiny else SIDE
+        self.exhausted = jax.errors.JaxRuntimeError
         self.name, self.dtype, self.result = name, dtype, None
         self.exact = self._built(self.side)
         self.model = self._cast(self.exact)
@@ -40,9 +51,10 @@ class Ours:
         import samlight_jax
 
         try:
-            return samlight_jax.load(self.name, image_size=side)
+            model, self.trained = samlight_jax.load(self.name, image_size=side), True
         except samlight_jax.InputError:
-            return samlight_jax.build_sam(self.name, image_size=side)
+            model, self.trained = samlight_jax.build_sam(self.name, image_size=side), False
+        return model
 
     def _cast(self, model: Any) -> Any:
         from samlight_jax import weights
@@ -108,6 +120,26 @@ class Ours:
         """The cosine of the embedding's tokens to the float32 model's, the mean."""
         return _cosine(*(np.asarray(self._embedding(m)) for m in (self.model, self.exact)))
 
+    def mask_parity(self) -> float | None:
+        """The mean IoU of the masks of 100 points with float32's; None with random weights."""
+        import samlight_jax
+
+        if not self.trained:
+            return None
+        place = (np.arange(10) + 0.5) * self.side / 10
+        points = np.stack(np.meshgrid(place, place), axis=-1).reshape(1, 100, 1, 2)
+        given = points, np.ones((1, 100, 1), np.int32)
+        photo = photograph(self.side)[None]
+        with self.jax.default_matmul_precision("highest"):
+            ours, exact = (
+                np.asarray(
+                    samlight_jax.predict_batch(photo, *given, multimask_output=False, model=m)[0]
+                )[0, :, 0]
+                for m in (self.model, self.exact)
+            )
+        both, either = (ours & exact).sum((1, 2)), (ours | exact).sum((1, 2))
+        return float(f"{np.where(either, both / np.maximum(either, 1), 1.0).mean():.6g}")
+
     def _embedding(self, model: Any) -> Any:
         import samlight_jax
 
@@ -169,7 +201,7 @@ class Torch:
         import torch
 
         self.torch, self.name, self.mode, self.dtype = torch, name, mode, dtype
-        self.side = TINY_SIDE if tiny else SIDE
+        self.side, self.exhausted = TINY_SIDE if tiny else SIDE, torch.OutOfMemoryError
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.exact = self._built(self.side)
         self.model = self._cast(self._built(self.side))
@@ -248,10 +280,13 @@ class Torch:
                 found.append(embedding[0].permute(1, 2, 0).cpu().numpy())
         return _cosine(*found)
 
+    def mask_parity(self) -> None:
+        """Not measured: the weights are random."""
+
     def predict(self, prompts: int) -> Call | None:
         """From a uint8 image on the device to masks there, with boxes, as SAM's predictor does."""
-        if self.name == "mobile_sam" or self.side != SIDE:
-            return None  # a decoder of SAM's; the encoder is what differs
+        if self.side != SIDE:
+            return None
         from segment_anything import SamPredictor
 
         torch = self.torch
@@ -273,13 +308,7 @@ class Torch:
 
 def _vit(name: str, side: int) -> Any:
     """SAM's ViT with random weights, at a frame of `side`."""
-    from segment_anything.modeling import (
-        ImageEncoderViT,
-        MaskDecoder,
-        PromptEncoder,
-        Sam,
-        TwoWayTransformer,
-    )
+    from segment_anything.modeling import ImageEncoderViT
     from torch import nn
 
     width, depth, heads, dense = {
@@ -298,6 +327,13 @@ def _vit(name: str, side: int) -> Any:
         window_size=14,
         out_chans=256,
     )
+    return _sam(encoder, side)
+
+
+def _sam(encoder: Any, side: int) -> Any:
+    """An encoder with SAM's other parts."""
+    from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+
     grid = side // 16
     prompts = PromptEncoder(
         embed_dim=256,
@@ -311,12 +347,11 @@ def _vit(name: str, side: int) -> Any:
 
 
 def _tiny_vit(side: int) -> Any:
-    """MobileSAM's encoder: timm's TinyViT-5M without its last reduction, and SAM's neck."""
+    """MobileSAM's form: timm's TinyViT-5M without its last reduction, and SAM's other parts."""
     import timm  # type: ignore[reportMissingImports]
     from segment_anything.modeling.common import LayerNorm2d
     from torch import nn
 
-    del side  # it takes any
     trunk = timm.create_model("tiny_vit_5m_224", pretrained=False)
     trunk.stages[3].downsample.conv2.conv.stride = (1, 1)
     trunk.head = nn.Identity()
@@ -330,14 +365,13 @@ def _tiny_vit(side: int) -> Any:
     class Encoder(nn.Module):
         def __init__(self):
             super().__init__()
+            self.img_size = side
             self.trunk, self.neck = trunk, neck
 
         def forward(self, x: Any) -> Any:
             return self.neck(self.trunk.stages(self.trunk.patch_embed(x)))
 
-    model = nn.Module()
-    model.image_encoder = Encoder()
-    return model
+    return _sam(Encoder(), side)
 
 
 def _ours(name: str, dtype: str) -> Callable[..., Any]:

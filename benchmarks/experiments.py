@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -43,8 +44,11 @@ SOFTLY = (
 )
 VARIED = (*("--augment.mosaic", "0.1", "--augment.colour", "0.2", "--augment.scale", "0.25", "1"),)
 LONG, AGAIN = "44k passes", "each view four times"
+RELEASE, SECOND = "the release's first sitting", "the release's second sitting"
 FIVE = ("--batch", "24", "--steps", "6600", "--ema", "0.998")
 FOUR = (*FIVE, "--reuse", "4", "--pool", "100")
+SITTING = ("--batch", "24", "--reuse", "4", "--ema", "0.999", *VARIED)
+GENTLY = ("--lr", "2e-5", "--embedding-weight", "4", "--mask-loss", "soft")
 SAMLIGHT_T = PRESETS["samlight_t"]
 
 
@@ -94,6 +98,17 @@ ARMS: dict[str, tuple[str, ...]] = {  # @NAME: another arm's folder, or the file
     f"{AGAIN}, masks": (*SOFTLY, "--init-from", f"@{AGAIN}"),
     f"{AGAIN}, the paper's bare form": (*FOUR, "--student", "samlight_t_paper"),
     f"{AGAIN}, dense attention": (*FOUR, "--student", "@dense"),
+    RELEASE: (*SITTING, "--steps", "12500"),
+    SECOND: (
+        *(*SITTING, "--steps", "27000", "--lr", "4e-3", "--warmup", "500"),
+        *("--init-from", f"@{RELEASE}"),
+    ),
+    f"{RELEASE}, gentle masks": (*SOFTLY, *GENTLY, "--init-from", f"@{RELEASE}"),
+    f"{SECOND}, gentle masks": (*SOFTLY, *GENTLY, "--init-from", f"@{SECOND}"),
+    f"{SECOND}, soft masks": (*SOFTLY, "--mask-loss", "soft", "--init-from", f"@{SECOND}"),
+    f"{SECOND}, gentle masks, clicks": (
+        *(*CLICKS, *GENTLY, "--decoder-lr", "1e-5", "--init-from", f"@{SECOND}, gentle masks"),
+    ),
 }
 TEACHER = distill.TrainConfig().teacher
 
@@ -193,7 +208,7 @@ class Held:
 
     def folder(self, name: str) -> str:
         """Of an arm's run."""
-        return str(self.options.work / name.replace(",", "").replace(" ", "_"))
+        return str(self.options.work / re.sub("[,']", "", name).replace(" ", "_"))
 
     def begin(self, name: str) -> distill.Run:
         """An arm ready to run."""

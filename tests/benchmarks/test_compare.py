@@ -12,7 +12,7 @@ from samlight_jax.errors import InputError
 class Fake:
     """A subject whose calls are counted."""
 
-    side = 64
+    side, exhausted = 64, MemoryError
 
     def __init__(self, *, tiny):
         self.tiny, self.called, self.waited = tiny, 0, 0
@@ -22,6 +22,9 @@ class Fake:
 
     def parity(self):
         return 1.0
+
+    def mask_parity(self):
+        return None
 
     def memory_mib(self):
         return 3.5
@@ -50,12 +53,23 @@ def test_a_row_holds_what_a_subject_can_do():
     assert row["encoder_latency_ms"] > 0
 
 
+def test_what_does_not_fit_is_none():
+    subject = Fake(tiny=True)
+
+    def full():
+        raise MemoryError
+
+    subject.encoder = lambda batch, side: subject.call if batch == 1 else full
+    row = compare.measured(subject, tiny=True)
+    assert row["encoder_ms_per_image"][1] > 0 and row["encoder_ms_per_image"][16] is None
+
+
 def test_latency_waits_for_every_call_and_throughput_for_a_row(monkeypatch):
     monkeypatch.setattr(compare, "SPEND", 0.001)
     for timed, calls in ((compare.latency, 1), (compare.throughput, 10)):
         subject = Fake(tiny=True)
         assert timed(subject.call, subject.wait) > 0
-        assert subject.called - 3 == calls * (subject.waited - 1)
+        assert subject.called - 3 == calls * (subject.waited - 2)
 
 
 def test_rows_of_other_subjects_stay_and_failures_are_written(tmp_path, monkeypatch):
