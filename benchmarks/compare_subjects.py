@@ -16,6 +16,7 @@ from PIL import Image
 SIDE = 1024
 TINY_SIDE = 256
 IMAGE = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+MOST_COMPILED = 16  # photographs; torch.compile takes a minute for each shape
 BOX = np.array([200.0, 150, 800, 700])
 Call = Callable[[], Any]
 
@@ -230,13 +231,15 @@ class Torch:
             self.torch.cuda.synchronize()
 
     def encoder(self, batch: int, side: int) -> Call | None:
-        """A call that encodes a batch of normalised squares."""
+        """A call that encodes a batch of normalised squares; few are worth a compilation."""
         torch = self.torch
+        if self.mode == "compile" and (side != self.side or batch > MOST_COMPILED):
+            return None
         model = self.model if side == self.side else self._cast(self._built(side))
         pixels = torch.zeros(batch, 3, side, side, dtype=model.image_encoder.neck[0].weight.dtype)
         pixels, encoder = pixels.to(self.device), model.image_encoder
         if self.mode == "compile":
-            encoder = torch.compile(encoder, mode="reduce-overhead")
+            encoder = torch.compile(encoder, mode="reduce-overhead", dynamic=False)
 
         @torch.inference_mode()
         def call() -> Any:
@@ -285,7 +288,7 @@ class Torch:
 
     def predict(self, prompts: int) -> Call | None:
         """From a uint8 image on the device to masks there, with boxes, as SAM's predictor does."""
-        if self.side != SIDE:
+        if self.side != SIDE or self.mode != "eager":
             return None
         from segment_anything import SamPredictor
 

@@ -100,7 +100,7 @@ ARMS: dict[str, tuple[str, ...]] = {  # @NAME: another arm's folder, or the file
     f"{AGAIN}, dense attention": (*FOUR, "--student", "@dense"),
     RELEASE: (*SITTING, "--steps", "12500"),
     SECOND: (
-        *(*SITTING, "--steps", "27000", "--lr", "4e-3", "--warmup", "500"),
+        *(*SITTING, "--steps", "26000", "--lr", "4e-3", "--warmup", "500"),
         *("--init-from", f"@{RELEASE}"),
     ),
     f"{RELEASE}, gentle masks": (*SOFTLY, *GENTLY, "--init-from", f"@{RELEASE}"),
