@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.compare_subjects import SIDE, Torch, photograph
+from benchmarks.compare_inputs import SIDE, photograph
+from benchmarks.compare_torch import Torch
 from pallas_kernels import measure
 
 POINTS = 32  # a side of the grid

@@ -319,9 +319,9 @@ PRESETS = {
         DEBUG,
     ),
     "h200": (
-        "One H200, seven minutes and two of compilation: stage 1 of the released samlight_t, "
+        "One H200, seven minutes and two of compilation: the released samlight_t's first run, "
         "photographs decoded once into its memory: python -m train.distill --config h200 "
-        "--data shards/*.tar. docs/model_card.md says what it gives.",
+        "--data shards/*.tar. docs/experiments.md says what it gives.",
         H200,
     ),
     "h200x2": (
