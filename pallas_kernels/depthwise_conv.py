@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import device
 from pallas_kernels.dilated_attention import triton
 from pallas_kernels.dilated_attention.triton_kernels import div_rem, plt
+from pallas_kernels.gelu import gelu_in_triton
 from pallas_kernels.opaque import opaque
 
 ROWS, COLUMNS = 8, 16  # of a program's tile
@@ -204,12 +205,6 @@ def _fma(x: jax.Array, y: jax.Array, z: jax.Array, interpret: bool) -> jax.Array
     )[0]
 
 
-def _gelu(x: jax.Array, interpret: bool) -> jax.Array:
-    """By tanh, which is one instruction, off by up to 5e-4."""
-    tanh = jnp.tanh if interpret else plt.approx_tanh
-    return 0.5 * x * (1 + tanh(x * (0.79788456 + 0.035677408 * x * x)))
-
-
 def _convolved_body(
     x: Any, taps: Any, out: Any, *, cut: _Cut, residual: bool, gelu_tanh: bool, interpret: bool
 ) -> None:
@@ -229,7 +224,7 @@ def _convolved_body(
         if r >= 1:
             at, of, real = cut.at(row + r - 1, column, channel)
             found = sums.pop(r - 1)
-            found = _gelu(found, interpret) if gelu_tanh else found
+            found = gelu_in_triton(found, interpret) if gelu_tanh else found
             plt.store(out.at[at, of], found.astype(out.dtype), mask=real)
 
 

@@ -15,21 +15,24 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
-def opaque(kernel: Callable[..., jax.Array], maps: int, rule: str, free: str) -> Any:
+def opaque(kernel: Callable[..., Any], maps: int, rule: str, free: str) -> Any:
     """The kernel as JAX may use it.
 
     Args:
-      kernel: of arrays to one array; the first `maps` arguments and the result have the batch
-        first, and images do not see each other.
+      kernel: of arrays to one array or a tuple of them; the first `maps` arguments and the results
+        have the batch first, and images do not see each other.
       maps: how many; the other arguments are shared by all images.
       rule: the axes by name, "b y x c, t c -> b y x c".
       free: the axes among them that devices may divide, "b c".
     """
-    arguments, result = rule.split(" -> ")
-    operands = [names.split() for names in arguments.split(", ")]
+    operands, results = (
+        [names.split() for names in side.split(", ")] for side in rule.split(" -> ")
+    )
+    several = len(results) > 1
+    every_result = (True,) * len(results) if several else True
     divide = set(free.split())
     whole = dict.fromkeys(
-        name for names in (*operands, result.split()) for name in names if name not in divide
+        name for names in (*operands, *results) for name in names if name not in divide
     )
     kernel = jax.jit(kernel)
     sharded = custom_partitioning(kernel)
@@ -43,7 +46,8 @@ def opaque(kernel: Callable[..., jax.Array], maps: int, rule: str, free: str) ->
         def place(names: Sequence[str]) -> NamedSharding:
             return NamedSharding(mesh, PartitionSpec(*map(axes.get, names)))
 
-        return mesh, kernel, place(result.split()), tuple(map(place, operands))
+        made = [place(names) for names in results]
+        return mesh, kernel, tuple(made) if several else made[0], tuple(map(place, operands))
 
     sharded.def_partition(
         partition=partition, sharding_rule=rule, need_replication_factors=tuple(whole)
@@ -59,8 +63,9 @@ def opaque(kernel: Callable[..., jax.Array], maps: int, rule: str, free: str) ->
             for i, (x, own) in enumerate(zip(args, batched, strict=True))
         ]
         if one_by_one:
-            return lax.map(lambda one: mapped(*one), tuple(full)), True
+            return lax.map(lambda one: mapped(*one), tuple(full)), every_result
         out = mapped(*(x.reshape(-1, *x.shape[2:]) for x in full[:maps]), *full[maps:])
-        return out.reshape(size, -1, *out.shape[1:]), True
+        out = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out)
+        return out, every_result
 
     return mapped

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import jax
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels import depthwise_conv
+from pallas_kernels.gelu import gelu
 from samlight_jax.config import EMBEDDING
 
 
@@ -15,35 +17,16 @@ class Buffer(nnx.Variable):
     """An array that belongs to the model but is never trained."""
 
 
-def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """GELU as in PyTorch; in bfloat16, whose rounding is far coarser, its form by tanh.
-
-    That one (off by 5e-4) cuBLAS computes within the product before it. The exact one is by erf:
-    `jax.nn.gelu` takes erfc, which costs a CPU more.
-    """
-    if x.dtype == jnp.bfloat16:
-        return _gelu_tanh(x)
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
-
-
-@jax.custom_jvp
-def _gelu_tanh(x: Array) -> Array:
-    return jax.nn.gelu(x, approximate=True)
-
-
-@_gelu_tanh.defjvp
-def _gelu_tanh_jvp(primals, tangents):
-    # Its derivative in float32.
-    (x,), (dx,) = primals, tangents
-    wide = x.astype(jnp.float32)
-    _, out = jax.jvp(lambda y: jax.nn.gelu(y, approximate=True), (wide,), (dx.astype(wide.dtype),))
-    return _gelu_tanh(x), out.astype(x.dtype)
-
-
 def layer_norm(width: int, epsilon: float, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """LayerNorm over channels, its variance about the mean as in PyTorch."""
     return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
+
+
+def weights_of(module: Any) -> tuple[Array, Array]:
+    """Kernel and bias of a product, or scale and bias of a norm."""
+    first = module.scale if isinstance(module, nnx.LayerNorm) else module.kernel
+    assert first is not None and module.bias is not None
+    return first[...], module.bias[...]
 
 
 class Mlp(nnx.Module):

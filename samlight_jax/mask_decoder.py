@@ -5,44 +5,45 @@ Source: segment-anything, `modeling/mask_decoder.py`.
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from pallas_kernels.upscaling import Upscaling, upscaled_masks
 from samlight_jax.config import EMBEDDING, SamConfig
-from samlight_jax.layers import gelu, layer_norm
+from samlight_jax.layers import layer_norm, weights_of
 from samlight_jax.transformer import TwoWayTransformer
 
 MASKS = 4  # the single mask, then the three of the multimask output
 
 
 class ConvTranspose(nnx.Module):
-    """A transposed 2x2 convolution of stride 2: every token becomes 2x2, by one product."""
+    """The weights of a transposed 2x2 convolution of stride 2."""
 
     def __init__(self, before: int, after: int, *, rngs: nnx.Rngs):
         init = nnx.initializers.lecun_normal(in_axis=0, out_axis=(1, 2, 3))
         self.kernel = nnx.Param(init(rngs.params(), (before, 2, 2, after)))
         self.bias = nnx.Param(jnp.zeros(after))
 
-    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b 2 2 d"]:
-        return jnp.tensordot(x, self.kernel[...], 1) + self.bias[...]
-
 
 class OutputUpscaling(nnx.Module):
-    """Image tokens to four times their resolution, each token's pixels side by side.
-
-    No map is put in rows before it is a mask: one moves an eighth of the numbers.
-    """
+    """Image tokens to masks of four times their resolution."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         self.conv1 = ConvTranspose(EMBEDDING, EMBEDDING // 4, rngs=rngs)
         self.norm1 = layer_norm(EMBEDDING // 4, 1e-6, rngs=rngs)
         self.conv2 = ConvTranspose(EMBEDDING // 4, EMBEDDING // 8, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "*b 256"]) -> Float[Array, "*b 2 2 2 2 32"]:
-        """Each token's halves by rows and columns, and theirs."""
-        return gelu(self.conv2(gelu(self.norm1(self.conv1(x)))))
+    def __call__(
+        self, image: Float[Array, "b m 256"], masks: Float[Array, "b k 32"], size: tuple[int, int]
+    ) -> Float[Array, "b k y x"]:
+        """Logits: the image's upscaled channels times those of each mask."""
+        parts = self.conv1, self.norm1, self.conv2
+        weights = Upscaling(*itertools.chain(*map(weights_of, parts)))
+        return upscaled_masks(image, masks, weights, size=size, epsilon=self.norm1.epsilon)
 
 
 class Head(nnx.Module):
@@ -91,11 +92,8 @@ class MaskDecoder(nnx.Module):
         pe = image_pe.astype(image.dtype).reshape(h * w, c)
         tokens, image = self.transformer(image, pe, tokens, valid)
 
-        upscaled = self.output_upscaling(image).reshape(q, 16 * h * w, c // 8)
         weights = jnp.stack(
             [mlp(tokens[:, 1 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)], axis=1
         )
-        logits = jnp.einsum("qmc,qpc->qmp", weights, upscaled)
-        logits = jnp.einsum("qmhwyxvu->qmhyvwxu", logits.reshape(q, MASKS, h, w, 2, 2, 2, 2))
-        logits = logits.reshape(q, MASKS, 4 * h, 4 * w)
+        logits = self.output_upscaling(image, weights, (h, w))
         return logits, self.iou_prediction_head(tokens[:, 0])

@@ -2,23 +2,25 @@
 
 Source: segment-anything, `modeling/transformer.py`. `valid` is ours: bucket padding is a token that
 nothing attends, so it never changes a result. So is an image of batch 1 for several prompts: until
-the first block has changed it, its projections serve them all.
+the first block has changed it, it serves them all.
 """
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from pallas_kernels.two_way import ToImage, ToTokens, image_to_tokens, tokens_to_image
 from samlight_jax.config import EMBEDDING
-from samlight_jax.layers import Mlp, layer_norm
+from samlight_jax.layers import Mlp, layer_norm, weights_of
 
 
 class Attention(nnx.Module):
-    """Attention with projections to an inner width and back."""
+    """Attention with projections to an inner width and back: of tokens, or with the image."""
 
     def __init__(self, width: int, heads: int, *, downsample: int = 1, rngs: nnx.Rngs):
         inner = width // downsample
@@ -30,60 +32,51 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        q: Float[Array, "#b n c"],
-        k: Float[Array, "#b m c"],
-        v: Float[Array, "#b m c"],
-        valid: Bool[Array, "#b m"] | None = None,
-        q_pe: Float[Array, "n c"] | None = None,
-        k_pe: Float[Array, "m c"] | None = None,
-        few_keys: bool = False,
+        q: Float[Array, "b n c"],
+        k: Float[Array, "b n c"],
+        v: Float[Array, "b n c"],
+        valid: Bool[Array, "b n"],
     ) -> Float[Array, "b n c"]:
-        q, k = _projected(self.q_proj, q, q_pe), _projected(self.k_proj, k, k_pe)
-        q, v = q * (q.shape[-1] // self.heads) ** -0.5, self.v_proj(v)
-        # Heads are told apart on the side of few tokens: the image, as it is, meets them all in
-        # one product, and is never put in another order.
-        if few_keys:
-            k, v = _spread(k, self.heads), _spread(v, self.heads)
-        else:
-            q = _spread(q, self.heads)
-        scores = jnp.einsum("bnc,bmc->bnm", q, k).astype(jnp.float32)
-        shape = scores.shape
-        if few_keys:  # each head's keys among those of all
-            scores = scores.reshape(*shape[:2], shape[2] // self.heads, self.heads)
-        else:
-            scores = scores[..., None]
-        if valid is not None:
-            scores = jnp.where(valid[:, None, :, None], scores, -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=2).astype(v.dtype).reshape(shape)
-        out = jnp.einsum("bnm,bmc->bnc", weights, v)
-        return self.out_proj(out if few_keys else _gathered(out, self.heads))
+        """Of tokens to those of the same prompt that are valid."""
+        projections = (self.q_proj, q), (self.k_proj, k), (self.v_proj, v)
+        q, k, v = (proj(x).reshape(*x.shape[:2], self.heads, -1) for proj, x in projections)
+        scores = jnp.einsum("bnhe,bmhe->bhnm", q * q.shape[-1] ** -0.5, k).astype(jnp.float32)
+        scores = jnp.where(valid[:, None, None], scores, -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        out = jnp.einsum("bhnm,bmhe->bnhe", weights, v)
+        return self.out_proj(out.reshape(*out.shape[:2], -1))
 
+    def to_image(
+        self,
+        tokens: Float[Array, "b n c"],
+        image: Float[Array, "#b m c"],
+        image_pe: Float[Array, "m c"],
+    ) -> Float[Array, "b n c"]:
+        """Of tokens to the image."""
+        q = self.q_proj(tokens)
+        weights = ToImage(self.k_proj.kernel[...], *weights_of(self.v_proj))
+        of_image = q.reshape(len(image), -1, *q.shape[1:])
+        out = tokens_to_image(image, image_pe, of_image, weights, heads=self.heads)
+        return self.out_proj(out.reshape(q.shape))
 
-def _heads(channels: int, heads: int) -> np.ndarray:
-    """(heads, channels) of 0 and 1: which channels are a head's."""
-    return np.repeat(np.eye(heads, dtype=np.float32), channels // heads, axis=1)
-
-
-def _spread(x: jax.Array, heads: int) -> jax.Array:
-    """(b, n, c) to (b, n heads, c): the channels of each head by themselves, zeros around them."""
-    b, n, c = x.shape
-    return (x[:, :, None] * _heads(c, heads).astype(x.dtype)).reshape(b, n * heads, c)
-
-
-def _gathered(x: jax.Array, heads: int) -> jax.Array:
-    """The way back: of each head its channels."""
-    b, n, c = x.shape
-    own = _heads(c, heads).astype(x.dtype)
-    return (x.reshape(b, n // heads, heads, c) * own).sum(axis=2)
-
-
-def _projected(proj: nnx.Linear, x: jax.Array, pe: jax.Array | None) -> jax.Array:
-    """Of x and the positions that belong to it."""
-    if pe is None:
-        return proj(x)
-    if x.shape[0] == 1:
-        return proj(x + pe)
-    return proj(x) + pe @ proj.kernel[...]  # a sum for every prompt would be a map for each
+    def from_image(
+        self,
+        image: Float[Array, "#b m c"],
+        image_pe: Float[Array, "m c"],
+        tokens: Float[Array, "b n c"],
+        token_pe: Float[Array, "b n c"],
+        valid: Bool[Array, "b n"],
+        norm: nnx.LayerNorm,
+    ) -> Float[Array, "b m c"]:
+        """Of the image to tokens, with its residual and the norm after it."""
+        keys, values = self.k_proj(tokens + token_pe), self.v_proj(tokens)
+        keys, values, valid = (
+            x.reshape(len(image), -1, *x.shape[1:]) for x in (keys, values, valid)
+        )
+        weights = ToTokens(*itertools.chain(*map(weights_of, (self.q_proj, self.out_proj, norm))))
+        options = {"heads": self.heads, "epsilon": norm.epsilon}
+        out = image_to_tokens(image, image_pe, keys, values, valid, weights, **options)
+        return out.reshape(-1, *out.shape[2:])
 
 
 class TwoWayAttentionBlock(nnx.Module):
@@ -116,14 +109,13 @@ class TwoWayAttentionBlock(nnx.Module):
             tokens = tokens + self.self_attn(q, q, tokens, valid)
         tokens = self.norm1(tokens)
 
-        seen = self.cross_attn_token_to_image(tokens + token_pe, image, image, k_pe=image_pe)
-        tokens = tokens + seen
-        tokens = self.norm2(tokens)
+        seen = self.cross_attn_token_to_image.to_image(tokens + token_pe, image, image_pe)
+        tokens = self.norm2(tokens + seen)
         tokens = self.norm3(tokens + self.mlp(tokens))
-        image = image + self.cross_attn_image_to_token(
-            image, tokens + token_pe, tokens, valid, q_pe=image_pe, few_keys=True
+        image = self.cross_attn_image_to_token.from_image(
+            image, image_pe, tokens, token_pe, valid, self.norm4
         )
-        return tokens, self.norm4(image)
+        return tokens, image
 
 
 class TwoWayTransformer(nnx.Module):
@@ -153,7 +145,7 @@ class TwoWayTransformer(nnx.Module):
         tokens = point_embedding
         for layer in self.layers:
             tokens, image = layer(tokens, image, point_embedding, image_pe, valid)
-        attended = self.final_attn_token_to_image(
-            tokens + point_embedding, image, image, k_pe=image_pe
+        attended = self.final_attn_token_to_image.to_image(
+            tokens + point_embedding, image, image_pe
         )
         return self.norm_final_attn(tokens + attended), image

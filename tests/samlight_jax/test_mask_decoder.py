@@ -3,11 +3,8 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from flax import nnx
 
-from samlight_jax.mask_decoder import ConvTranspose
-from tests.conftest import assert_parity, nchw, nhwc, normal, run
+from tests.conftest import assert_parity, nchw, normal, run
 
 EMBEDDING, PE = normal(5, 5, 256, seed=1), normal(5, 5, 256, seed=2)
 SPARSE, DENSE = normal(3, 4, 256, seed=3), normal(3, 5, 5, 256, seed=4)
@@ -48,13 +45,3 @@ def test_a_dense_embedding_for_all_prompts_is_the_same_for_each(twins):
     for a, b in zip(got, want, strict=True):
         assert np.std(b) > 0.01
         np.testing.assert_allclose(a, b, atol=1e-5)
-
-
-def test_conv_transpose_is_torchs():
-    module = ConvTranspose(6, 5, rngs=nnx.Rngs(0))
-    module.kernel[...], module.bias[...] = normal(6, 2, 2, 5), normal(5, seed=1)
-    x = normal(2, 3, 4, 6, seed=2)
-    kernel = torch.from_numpy(normal(6, 2, 2, 5)).permute(0, 3, 1, 2)
-    want = F.conv_transpose2d(nchw(x), kernel, torch.from_numpy(normal(5, seed=1)), stride=2)
-    got = run(module, x)  # (2, 3, 4, 2, 2, 5): the four of each token, not yet in rows
-    assert_parity(got.swapaxes(2, 3).reshape(2, 6, 8, 5), nhwc(want))

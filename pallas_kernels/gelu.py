@@ -1,0 +1,40 @@
+"""GELU, in the form that each type of number deserves."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.dilated_attention.triton_kernels import plt
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """GELU as in PyTorch; in bfloat16, whose rounding is far coarser, its form by tanh.
+
+    That one (off by 5e-4) cuBLAS computes within the product before it. The exact one is by erf:
+    `jax.nn.gelu` takes erfc, which costs a CPU more.
+    """
+    if x.dtype == jnp.bfloat16:
+        return _gelu_tanh(x)
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
+
+
+@jax.custom_jvp
+def _gelu_tanh(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=True)
+
+
+@_gelu_tanh.defjvp
+def _gelu_tanh_jvp(primals, tangents):
+    # Its derivative in float32.
+    (x,), (dx,) = primals, tangents
+    wide = x.astype(jnp.float32)
+    _, out = jax.jvp(lambda y: jax.nn.gelu(y, approximate=True), (wide,), (dx.astype(wide.dtype),))
+    return _gelu_tanh(x), out.astype(x.dtype)
+
+
+def gelu_in_triton(x: jax.Array, interpret: bool) -> jax.Array:
+    """By tanh, which is one instruction, off by up to 5e-4."""
+    tanh = jnp.tanh if interpret else plt.approx_tanh
+    return 0.5 * x * (1 + tanh(x * (0.79788456 + 0.035677408 * x * x)))
