@@ -17,7 +17,7 @@ from pallas_kernels.dilated_attention.transforms import Arrays, Call
 
 NAME = "xla"
 # The scores of one step: on a CPU as many as its cache holds, 2 MiB of float32; elsewhere 64 MiB.
-STEP_ON_CPU, STEP = 2**19, 2**24
+STEP_ON_CPU, STEP = 2**23, 2**24
 
 
 def unsupported(*_args: object, **_kwargs: object) -> None:
@@ -127,14 +127,15 @@ def _attend(scale: float, queries: list[jax.Array], keys: Arrays) -> Any:
     q, *rel = queries
     scores = _scores(scale, q, rel, keys)
     top = scores.max(-1, keepdims=True)
-    top = jnp.where(top == -jnp.inf, 0.0, top)
+    padded = len(keys) == 3  # and a group may have no key at all
+    top = jnp.where(top == -jnp.inf, 0.0, top) if padded else top
     weights = jnp.exp(scores - top)
     total = weights.sum(-1, keepdims=True)
     empty = total == 0
-    total = jnp.where(empty, 1.0, total)
-    lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))
+    total = jnp.where(empty, 1.0, total) if padded else total
     out = _product("qk,kd->qd", weights.astype(q.dtype), keys[1]) / total
-    return (out, lse), ()
+    lse = top + jnp.log(total)
+    return (out, jnp.where(empty, -jnp.inf, lse) if padded else lse), ()
 
 
 def _pull_back(scale: float, queries: list[jax.Array], keys: Arrays) -> Any:
