@@ -95,21 +95,29 @@ class Graph:
         if value.array is not None and all(isinstance(size, int) for size in shape):
             return constant(np.broadcast_to(value.array, shape), value.name)
         grows = [not _same(a, b) for a, b in _aligned(value.shape, shape)]
-        parts = [self._size(size if grow else 1) for size, grow in zip(shape, grows, strict=True)]
-        axis = self.node("Concat", parts, (len(parts),), axis=0)
-        return self.node("Expand", [value, axis], shape)
+        sizes = [size if grow else 1 for size, grow in zip(shape, grows, strict=True)]
+        return self.node("Expand", [value, self.sizes(sizes)], shape)
+
+    def sizes(self, shape: Sequence[Any]) -> Value:
+        """A shape as a tensor of int64: where it is open, read off the inputs' axes."""
+        parts = [self._size(size) for size in shape]
+        return self.node("Concat", parts, (len(parts),), axis=0)
 
     def _size(self, size: Any) -> Value:
-        """A size as a tensor of one int64: where it is open, read off an input's axis."""
         if isinstance(size, int):
             return constant(np.array([size], np.int64))
         if str(size) not in self._sizes:
-            if str(size) not in self._axes:
-                raise NotImplementedError(f"No input has an axis of {size}.")
-            name, axis = self._axes[str(size)]
-            tensor = Value((), name)
-            self._sizes[str(size)] = self.node("Shape", [tensor], (1,), start=axis, end=axis + 1)
+            self._sizes[str(size)] = self._read(size)
         return self._sizes[str(size)]
+
+    def _read(self, size: Any) -> Value:
+        """An open size, an input's axis or so much more: "n", "n + 5"."""
+        axis_size, _, more = str(size).partition(" + ")
+        if axis_size not in self._axes or more and not more.isdigit():
+            raise NotImplementedError(f"No input has an axis of {size}.")
+        name, axis = self._axes[axis_size]
+        found = self.node("Shape", [Value((), name)], (1,), start=axis, end=axis + 1)
+        return self.node("Add", [found, constant([int(more)])], (1,)) if more else found
 
     def model(self, outputs: Sequence[tuple[Port, Value]]) -> onnx.ModelProto:
         """The ONNX model; what no output needs is left out."""

@@ -114,9 +114,9 @@ def _reshaped(graph: Graph, x: Value, shape: Shape) -> Value:
             sizes.append(size)
         else:  # 0 keeps the axis, -1 is what is left
             sizes.append(0 if axis < len(x.shape) and bool(x.shape[axis] == size) else -1)
-    if sizes.count(-1) > 1:
-        raise NotImplementedError(f"A reshape of {x.shape} to {shape} in ONNX.")
-    return graph.node("Reshape", [x, constant(np.array(sizes, np.int64))], shape)
+    several = sizes.count(-1) > 1
+    sizes = graph.sizes(shape) if several else constant(np.array(sizes, np.int64))
+    return graph.node("Reshape", [x, sizes], shape)
 
 
 def _transposed(graph: Graph, x: Value, axes: Sequence[int]) -> Value:

@@ -1,4 +1,4 @@
-"""Attention and convolution kernels on plain arrays; depends on jax and numpy alone."""
+"""Kernels for attention, convolutions and masks on plain arrays; depends on jax and numpy alone."""
 
 from pallas_kernels.chain import Unsupported
 from pallas_kernels.depthwise_conv import depthwise_conv

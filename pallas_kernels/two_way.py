@@ -209,7 +209,7 @@ def plain_to_image(image: jax.Array, positions: jax.Array, rows: jax.Array) -> j
 
 def _scores(image: jax.Array, positions: jax.Array, rows: jax.Array, axes: str) -> jax.Array:
     """Of the map and its positions with all rows of a batch, float32."""
-    if len(image) == 1:
+    if image.shape[0] == 1:
         return jnp.einsum(axes, image + positions[None], rows).astype(jnp.float32)
     # A sum of each image and the positions would be a map for each.
     of_place = jnp.einsum(axes.replace("bmc", "mc"), positions, rows)

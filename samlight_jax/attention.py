@@ -1,4 +1,4 @@
-"""Self-attention over a map of tokens; the only model file that calls the kernels."""
+"""Self-attention over a map of tokens, by the kernels of `pallas_kernels`."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class Attention(nnx.Module):
         """Of tokens to the image."""
         q = self.q_proj(tokens)
         weights = ToImage(self.k_proj.kernel[...], *weights_of(self.v_proj))
-        of_image = q.reshape(len(image), -1, *q.shape[1:])
+        of_image = q.reshape(image.shape[0], -1, *q.shape[1:])
         out = tokens_to_image(image, image_pe, of_image, weights, heads=self.heads)
         return self.out_proj(out.reshape(q.shape))
 
@@ -71,7 +71,7 @@ class Attention(nnx.Module):
         """Of the image to tokens, with its residual and the norm after it."""
         keys, values = self.k_proj(tokens + token_pe), self.v_proj(tokens)
         keys, values, valid = (
-            x.reshape(len(image), -1, *x.shape[1:]) for x in (keys, values, valid)
+            x.reshape(image.shape[0], -1, *x.shape[1:]) for x in (keys, values, valid)
         )
         weights = ToTokens(*itertools.chain(*map(weights_of, (self.q_proj, self.out_proj, norm))))
         options = {"heads": self.heads, "epsilon": norm.epsilon}

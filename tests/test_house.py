@@ -64,13 +64,13 @@ def test_triton_is_imported_by_its_back_end_alone():
     assert importers == {"jax_triton", "jax_triton_kernels"}
 
 
-def test_attention_and_layers_alone_know_the_kernels():
+def test_few_modules_know_the_kernels():
     importers = {
         path.name
         for path in sources("samlight_jax")
         if any(name.startswith("pallas_kernels") for name in imports(path))
     }
-    assert importers == {"attention.py", "layers.py"}
+    assert importers == {"attention.py", "layers.py", "mask_decoder.py", "transformer.py"}
 
 
 @pytest.mark.parametrize("package", [*MAY_IMPORT, "benchmarks", "demo", "tests"])
