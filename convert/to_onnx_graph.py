@@ -113,7 +113,7 @@ class Graph:
     def _read(self, size: Any) -> Value:
         """An open size, an input's axis or so much more: "n", "n + 5"."""
         axis_size, _, more = str(size).partition(" + ")
-        if axis_size not in self._axes or more and not more.isdigit():
+        if axis_size not in self._axes or (more and not more.isdigit()):
             raise NotImplementedError(f"No input has an axis of {size}.")
         name, axis = self._axes[axis_size]
         found = self.node("Shape", [Value((), name)], (1,), start=axis, end=axis + 1)
