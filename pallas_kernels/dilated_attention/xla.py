@@ -16,7 +16,8 @@ from pallas_kernels.dilated_attention import groups, transforms
 from pallas_kernels.dilated_attention.transforms import Arrays, Call
 
 NAME = "xla"
-# The scores of one step: on a CPU as many as its cache holds, 2 MiB of float32; elsewhere 64 MiB.
+# The scores of one step, in float32: 32 MiB on a CPU, which holds those of the students' blocks for
+# one image; elsewhere 64 MiB.
 STEP_ON_CPU, STEP = 2**23, 2**24
 
 
