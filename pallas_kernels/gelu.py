@@ -16,7 +16,7 @@ def gelu(x: jax.Array) -> jax.Array:
     """
     if x.dtype == jnp.bfloat16:
         return _gelu_tanh(x)
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x if x.dtype.itemsize >= 4 else x.astype(jnp.float32)
     return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 

@@ -186,8 +186,8 @@ def plain_to_tokens(
       extra: (b, q, r) float32, added to the scores.
       answers: (b, q, r, c), what the image learns from each.
       bias: (c,), added.
-      scale: (c,), of the norm, as shift (c,) is.
-      shift: see there.
+      scale: (c,), of the norm.
+      shift: (c,), the same.
       heads: of a token.
       epsilon: of the norm.
     """
