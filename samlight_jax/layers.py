@@ -22,11 +22,14 @@ def layer_norm(width: int, epsilon: float, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
 
 
-def weights_of(module: Any) -> tuple[Array, Array]:
-    """Kernel and bias of a product, or scale and bias of a norm."""
-    first = module.scale if isinstance(module, nnx.LayerNorm) else module.kernel
-    assert first is not None and module.bias is not None
-    return first[...], module.bias[...]
+def weights_of(*modules: Any) -> list[Array]:
+    """Kernel and bias of products, scale and bias of norms, one after the other."""
+    found = []
+    for module in modules:
+        first = module.scale if isinstance(module, nnx.LayerNorm) else module.kernel
+        assert first is not None and module.bias is not None
+        found += [first[...], module.bias[...]]
+    return found
 
 
 class Mlp(nnx.Module):

@@ -5,8 +5,6 @@ Source: segment-anything, `modeling/mask_decoder.py`.
 
 from __future__ import annotations
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -41,8 +39,7 @@ class OutputUpscaling(nnx.Module):
         self, image: Float[Array, "b m 256"], masks: Float[Array, "b k 32"], size: tuple[int, int]
     ) -> Float[Array, "b k y x"]:
         """Logits: the image's upscaled channels times those of each mask."""
-        parts = self.conv1, self.norm1, self.conv2
-        weights = Upscaling(*itertools.chain(*map(weights_of, parts)))
+        weights = Upscaling(*weights_of(self.conv1, self.norm1, self.conv2))
         return upscaled_masks(image, masks, weights, size=size, epsilon=self.norm1.epsilon)
 
 

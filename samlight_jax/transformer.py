@@ -7,8 +7,6 @@ the first block has changed it, it serves them all.
 
 from __future__ import annotations
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -73,7 +71,7 @@ class Attention(nnx.Module):
         keys, values, valid = (
             x.reshape(image.shape[0], -1, *x.shape[1:]) for x in (keys, values, valid)
         )
-        weights = ToTokens(*itertools.chain(*map(weights_of, (self.q_proj, self.out_proj, norm))))
+        weights = ToTokens(*weights_of(self.q_proj, self.out_proj, norm))
         options = {"heads": self.heads, "epsilon": norm.epsilon}
         out = image_to_tokens(image, image_pe, keys, values, valid, weights, **options)
         return out.reshape(-1, *out.shape[2:])

@@ -16,9 +16,9 @@ from pallas_kernels.dilated_attention import groups, transforms
 from pallas_kernels.dilated_attention.transforms import Arrays, Call
 
 NAME = "xla"
-# The scores of one step, in float32: 32 MiB on a CPU, which holds those of the students' blocks for
-# one image; elsewhere 64 MiB.
-STEP_ON_CPU, STEP = 2**23, 2**24
+# The scores of one step: 64 MiB of float32. On a CPU as much of a group as its cache holds, 2 MiB,
+# but of whole groups together 32 MiB, which are those of a student's block for one image.
+PART_ON_CPU, STEP_ON_CPU, STEP = 2**19, 2**23, 2**24
 
 
 def unsupported(*_args: object, **_kwargs: object) -> None:
@@ -93,9 +93,10 @@ def _in_steps(
     `function` takes the queries and the keys of one group; it returns what belongs to each query,
     and what is to be summed over the queries.
     """
-    most = STEP_ON_CPU if call.device.platform == "cpu" else STEP
+    on_cpu = call.device.platform == "cpu"
+    part, most = (PART_ON_CPU, STEP_ON_CPU) if on_cpu else (STEP, STEP)
     tokens = keys[0].shape[1]
-    parts = -(-(tokens**2) // most)
+    parts = -(-(tokens**2) // part)
 
     def group(operands: Any) -> Any:
         return function(*operands) if parts == 1 else _in_parts(parts, function, *operands)

@@ -303,7 +303,7 @@ REFUSED = [
     (
         lambda x: x.reshape(2 * x.shape[1], 2 * x.shape[0]),
         [("b", "q", 4)],
-        "No input has an axis of 2",
+        r"No input has an axis of 2\*q",
     ),
     (lambda x: x.at[0].set(1.0), [(3,)], "'scatter' has no rule"),
 ]

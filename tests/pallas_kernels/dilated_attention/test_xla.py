@@ -38,8 +38,8 @@ def group(x, call):
 
 
 def test_memory_is_bounded():
-    """A whole map of 4096 tokens: its scores would take 64 MiB a head, and their weights again."""
-    q = jax.ShapeDtypeStruct((1, 64, 64, 8, 32), jnp.float32)
+    """A whole map of 4096 tokens: its scores would take 64 MiB a head."""
+    q = jax.ShapeDtypeStruct((1, 64, 64, 2, 32), jnp.float32)
     case = Case(size=(64, 64), segment=(64, 64), dilation=(1, 1))
     run = jax.jit(lambda *qkv: xla.run(qkv, (), **case.static))
-    assert run.lower(q, q, q).compile().memory_analysis().temp_size_in_bytes < 2**27
+    assert run.lower(q, q, q).compile().memory_analysis().temp_size_in_bytes < 2**24
