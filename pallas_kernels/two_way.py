@@ -255,9 +255,7 @@ def _to_tokens_body(
     found = (found / found.sum(1)[:, None]).reshape(BLOCK, -1)
     bias, scale, shift = (plt.load(numbers.at[pl.ds(i, 1)]).astype(jnp.float32) for i in range(3))
     y = dot(found.astype(x.dtype), answers[...], interpret) + bias + x.astype(jnp.float32)
-    y = y - y.mean(1, keepdims=True)
-    y = y * lax.rsqrt((y * y).mean(1, keepdims=True) + epsilon) * scale + shift
-    plt.store(out.at[tile], y.astype(out.dtype))
+    plt.store(out.at[tile], normed(y, scale, shift, epsilon).astype(out.dtype))
 
 
 def _to_tokens(
@@ -282,27 +280,37 @@ def _in_twos(rows: jax.Array) -> jax.Array:
     return (rows.astype(jnp.float32) * LOG2E).astype(rows.dtype)
 
 
+def _of_image(programs: int, *shape: int) -> pl.BlockSpec:
+    """An image's array in each of its programs."""
+    return pl.BlockSpec((None, *shape), lambda program: (program // programs, *(0,) * len(shape)))
+
+
+def _of_prompt(programs: int, prompts: int, *shape: int) -> pl.BlockSpec:
+    """A prompt's array in each of its programs; an image has so many prompts."""
+
+    def index(program: Any) -> tuple[Any, ...]:
+        return *div_rem(program // programs, prompts), *(0,) * len(shape)
+
+    return pl.BlockSpec((None, None, *shape), index)
+
+
 def _tiles_of_map(
     heads: int, epsilon: float, here: device.Device, image: jax.Array, rows: jax.Array, *more: Any
 ) -> jax.Array:
     (b, m, c), (_, q, r, _) = image.shape, rows.shape
     tiles = m // BLOCK
 
-    def at(program: Any) -> tuple[Any, Any]:
-        return div_rem(program // tiles, q)
-
-    of_rows = pl.BlockSpec((None, None, r, c), lambda program: (*at(program), 0, 0))
     return pl.pallas_call(
         functools.partial(_to_tokens_body, heads=heads, epsilon=epsilon, interpret=here.interpret),
         grid=(b * q * tiles,),
         in_specs=[
-            pl.BlockSpec((None, m, c), lambda program: (at(program)[0], 0, 0)),
-            of_rows,
-            of_rows,
-            pl.BlockSpec((None, None, r), lambda program: (*at(program), 0)),
+            _of_image(tiles * q, m, c),
+            _of_prompt(tiles, q, r, c),
+            _of_prompt(tiles, q, r, c),
+            _of_prompt(tiles, q, r),
             *(pl.BlockSpec(x.shape) for x in more[2:]),
         ],
-        out_specs=pl.BlockSpec((None, None, m, c), lambda program: (*at(program), 0, 0)),
+        out_specs=_of_prompt(tiles, q, m, c),
         out_shape=jax.ShapeDtypeStruct((b, q, m, c), image.dtype),
         compiler_params=plt.CompilerParams(num_warps=8, num_stages=1),
         interpret=here.interpret,
@@ -356,22 +364,19 @@ def _parts_of_map(
 ) -> Any:
     (b, m, c), (_, q, r, _) = image.shape, rows.shape
 
-    def at(program: Any) -> tuple[Any, Any]:
-        return div_rem(program // parts, q)
-
     def of_part(*shape: int) -> pl.BlockSpec:
-        inner = (0,) * len(shape)
-        return pl.BlockSpec(
-            (None, None, None, *shape), lambda program: (*at(program), program % parts, *inner)
-        )
+        def index(program: Any) -> tuple[Any, ...]:
+            return *div_rem(program // parts, q), program % parts, *(0,) * len(shape)
+
+        return pl.BlockSpec((None, None, None, *shape), index)
 
     shapes = (b, q, parts, r, c), (b, q, parts, r)
     return pl.pallas_call(
         functools.partial(_to_image_body, tiles=m // BLOCK // parts, interpret=here.interpret),
         grid=(b * q * parts,),
         in_specs=[
-            pl.BlockSpec((None, m, c), lambda program: (at(program)[0], 0, 0)),
-            pl.BlockSpec((None, None, r, c), lambda program: (*at(program), 0, 0)),
+            _of_image(parts * q, m, c),
+            _of_prompt(parts, q, r, c),
             pl.BlockSpec(positions.shape),
         ],
         out_specs=tuple(of_part(*shape[3:]) for shape in shapes),

@@ -115,9 +115,7 @@ def _body(
     bias_1, scale, shift = (plt.load(between.at[pl.ds(i, 1)]).astype(jnp.float32) for i in range(3))
     bias_2 = bias[...].astype(jnp.float32)
     for half in range(4):
-        y = dot(x, first[half], interpret) + bias_1
-        y = y - y.mean(1, keepdims=True)
-        y = y * lax.rsqrt((y * y).mean(1, keepdims=True) + epsilon) * scale + shift
+        y = normed(dot(x, first[half], interpret) + bias_1, scale, shift, epsilon)
         y = gelu_in_triton(y, interpret).astype(x.dtype)
         for quarter in range(4):
             z = gelu_in_triton(dot(y, second[quarter], interpret) + bias_2, interpret)

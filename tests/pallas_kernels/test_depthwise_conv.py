@@ -1,6 +1,5 @@
 """Depthwise convolution: Pallas's interpreter on any machine, and a real GPU."""
 
-import contextlib
 import importlib
 
 import jax
@@ -10,9 +9,9 @@ import pytest
 
 from pallas_kernels import depthwise_conv
 from pallas_kernels.device import Device, assume
+from tests.pallas_kernels.conftest import INTERPRETED
 
 MODULE = importlib.import_module("pallas_kernels.depthwise_conv")
-INTERPRETED = Device("gpu", "NVIDIA H200", (9, 0), interpret=True)
 CASES = {  # (b, H, W, c), dtype, error
     "whole tiles": ((1, 16, 32, 64), "float32", 4e-6),
     "ragged, two channel blocks": ((2, 9, 18, 48), "float32", 4e-6),
@@ -36,13 +35,6 @@ def oracle(arrays, residual):
         if 0 <= y < x.shape[1] and 0 <= z < x.shape[2]:
             out[b, i, j] += x[b, y, z] * kernel[p, q]
     return out
-
-
-@pytest.fixture(params=["interpreted", pytest.param("gpu", marks=pytest.mark.gpu)])
-def kernel(request):
-    """Runs the kernel, not the plain form."""
-    with assume(INTERPRETED) if request.param == "interpreted" else contextlib.nullcontext():
-        yield
 
 
 @pytest.mark.parametrize("residual", [False, True])

@@ -1,16 +1,12 @@
 """What the partitioner learns of a kernel; mapping is tested with the kernels."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pallas_kernels.opaque import opaque
+from tests.pallas_kernels.conftest import on_four_devices
 
 
 def sharded():
@@ -38,13 +34,4 @@ def sharded():
 
 
 def test_axes_divide_among_devices():
-    """In a process of its own: this one has begun with the devices that it has."""
-    four = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    done = subprocess.run(
-        [sys.executable, "-c", f"from {__name__} import sharded; sharded()"],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | four,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_four_devices(f"from {__name__} import sharded; sharded()")

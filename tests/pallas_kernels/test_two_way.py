@@ -1,11 +1,6 @@
 """Attention between map and tokens: against its definition, interpreted and on a real GPU."""
 
-import contextlib
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +11,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from pallas_kernels import two_way
 from pallas_kernels.device import Device, assume
 from pallas_kernels.two_way import ToImage, ToTokens, image_to_tokens, tokens_to_image
+from tests.pallas_kernels.conftest import INTERPRETED, on_four_devices
 
-INTERPRETED = Device("gpu", "NVIDIA H200", (9, 0), interpret=True)
 HEADS, EPSILON = 4, 1e-5
 CASES = {  # images, prompts of each, tokens, map, dtype, error
     "one image for all prompts": (1, 3, 7, 128, "bfloat16", 6e-2),
@@ -104,13 +99,6 @@ OPERATIONS = {
 }
 
 
-@pytest.fixture(params=["interpreted", pytest.param("gpu", marks=pytest.mark.gpu)])
-def kernel(request):
-    """Runs the kernels, not the plain forms."""
-    with assume(INTERPRETED) if request.param == "interpreted" else contextlib.nullcontext():
-        yield
-
-
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_it_is_what_its_definition_says(kernel, operation, case):
@@ -182,16 +170,7 @@ def sharded():
 
 
 def test_images_and_prompts_divide_among_devices_without_messages():
-    """In a process of its own: this one has begun with the devices that it has."""
-    four = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    done = subprocess.run(
-        [sys.executable, "-c", f"from {__name__} import sharded; sharded()"],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | four,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_four_devices(f"from {__name__} import sharded; sharded()")
 
 
 def test_what_the_kernels_do_not_take_runs_plainly():

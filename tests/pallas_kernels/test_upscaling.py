@@ -1,7 +1,5 @@
 """Upscaled masks: against PyTorch's transposed convolutions, interpreted and on a real GPU."""
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +8,8 @@ import pytest
 from pallas_kernels import upscaling
 from pallas_kernels.device import Device, assume
 from pallas_kernels.upscaling import Upscaling, upscaled_masks
+from tests.pallas_kernels.conftest import INTERPRETED
 
-INTERPRETED = Device("gpu", "NVIDIA H200", (9, 0), interpret=True)
 SIZE, EPSILON = (4, 32), 1e-6
 
 
@@ -43,13 +41,6 @@ def oracle(image, masks, weights, size=SIZE):
     x = functional.gelu(x * w.scale[:, None, None] + w.shift[:, None, None])
     x = functional.gelu(functional.conv_transpose2d(x, next(kernels), w.second_bias, stride=2))
     return torch.einsum("bkf,bfyx->bkyx", masks, x).numpy()
-
-
-@pytest.fixture(params=["interpreted", pytest.param("gpu", marks=pytest.mark.gpu)])
-def kernel(request):
-    """Runs the kernel, not the plain form."""
-    with assume(INTERPRETED) if request.param == "interpreted" else contextlib.nullcontext():
-        yield
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -1,11 +1,6 @@
 """Window attention with a bias a pair: Pallas's interpreter on any machine, and a real GPU."""
 
-import contextlib
 import importlib
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +10,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pallas_kernels import window_attention
 from pallas_kernels.device import Device, assume
+from tests.pallas_kernels.conftest import INTERPRETED, on_four_devices
 
 MODULE = importlib.import_module("pallas_kernels.window_attention")
-INTERPRETED = Device("gpu", "NVIDIA H200", (9, 0), interpret=True)
 CASES = {  # map, window, heads, head_dim, dtype, error
     "one tile": ((14, 21), 7, 3, 32, "float32", 2e-6),
     "four tiles, TinyViT's": ((28, 14), 14, 2, 32, "bfloat16", 2e-2),
@@ -46,13 +41,6 @@ def oracle(qkv, bias, window):
         weights = np.exp(scores - scores.max())
         out[i, y, x, head] = weights @ seen[:, 2] / weights.sum()
     return out
-
-
-@pytest.fixture(params=["interpreted", pytest.param("gpu", marks=pytest.mark.gpu)])
-def kernel(request):
-    """Runs the kernel, not the plain form."""
-    with assume(INTERPRETED) if request.param == "interpreted" else contextlib.nullcontext():
-        yield
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -119,16 +107,7 @@ def sharded():
 
 
 def test_batch_and_heads_divide_among_devices_without_messages():
-    """In a process of its own: this one has begun with the devices that it has."""
-    four = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    done = subprocess.run(
-        [sys.executable, "-c", f"from {__name__} import sharded; sharded()"],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | four,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_four_devices(f"from {__name__} import sharded; sharded()")
 
 
 def test_what_the_kernel_does_not_take_runs_plainly():

@@ -6,9 +6,6 @@ A call that the back end refuses is skipped with the refusal's sentence.
 import dataclasses
 import functools
 import importlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import hypothesis
@@ -20,6 +17,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.device import Device, assume
+from tests.pallas_kernels.conftest import on_four_devices
 from tests.pallas_kernels.dilated_attention import oracle, sharding
 from tests.pallas_kernels.dilated_attention.cases import SMALL, Case
 from tests.pallas_kernels.dilated_attention.exactness import QUICK, assert_as_exact, results
@@ -259,22 +257,12 @@ class Suite:
         assert_close(got, want)
 
     def test_batch_and_heads_divide_among_devices_without_messages(self):
-        """In a process of its own: this one has begun with the devices that it has."""
         self.take(sharding.CASES[0])
         if self.device is None and jax.default_backend() != "cpu":
             if jax.device_count() == 1:
                 pytest.skip("needs several GPUs.")
             sharding.check(self.name, None)
             return
-        program = (
+        on_four_devices(
             f"from {sharding.__name__} import Device, check; check({self.name!r}, {self.device!r})"
         )
-        four = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            cwd=ROOT,
-            env=os.environ | four,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
