@@ -110,6 +110,7 @@ class Ours:
     def mask_parity(self) -> float | None:
         """The mean IoU of the masks of 100 points with float32's; None with random weights."""
         import samlight_jax
+        from train.metrics import mask_iou
 
         if not self.trained:
             return None
@@ -124,8 +125,8 @@ class Ours:
                 )[0, :, 0]
                 for m in (self.model, self.exact)
             )
-        both, either = (ours & exact).sum((1, 2)), (ours | exact).sum((1, 2))
-        return float(f"{np.where(either, both / np.maximum(either, 1), 1.0).mean():.6g}")
+        found = mask_iou((ours & exact).sum((1, 2)), (ours | exact).sum((1, 2)))
+        return float(f"{found.mean():.6g}")
 
     def _embedding(self, model: Any) -> Any:
         import samlight_jax
