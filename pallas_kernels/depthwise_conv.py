@@ -186,14 +186,13 @@ class _Cut:
         at, of, real = self.at(row, column, channel)
         return plt.load(x.at[at, of], mask=real, other=0.0).astype(jnp.float32)
 
-    def taps(self, numbers: Any, channel: Any) -> list[jax.Array]:
-        """The rows of (10, c) numbers in float32, each for all of a tile."""
+    def spread(self, numbers: Any, channel: Any) -> jax.Array:
+        """(c,) numbers in float32, for all of a tile."""
         of = channel + lax.broadcasted_iota(jnp.int32, (COLUMNS, self.block), 1)
-        rows = [plt.load(numbers.at[jnp.full_like(of, t), of]) for t in range(TAPS + 1)]
-        return [row.astype(jnp.float32) for row in rows]
+        return plt.load(numbers.at[of]).astype(jnp.float32)
 
 
-def _fma(x: jax.Array, y: jax.Array, z: jax.Array, interpret: bool) -> jax.Array:
+def fma(x: jax.Array, y: jax.Array, z: jax.Array, interpret: bool) -> jax.Array:
     """`x * y + z` in one instruction, which XLA does not let Triton's compiler make of two."""
     if interpret:
         return x * y + z
@@ -206,11 +205,13 @@ def _fma(x: jax.Array, y: jax.Array, z: jax.Array, interpret: bool) -> jax.Array
 
 
 def _convolved_body(
-    x: Any, taps: Any, out: Any, *, cut: _Cut, residual: bool, gelu_tanh: bool, interpret: bool
-) -> None:
-    """One program; refs of (tokens, c), (10, c) and (tokens, c). Rows are read once each."""
+    x: Any, taps: Any, bias: Any, out: Any, *, cut: _Cut, residual: bool, gelu_tanh: bool,
+    interpret: bool,
+) -> None:  # fmt: skip
+    """One program; refs of (tokens, c), (9, c), (c,), (tokens, c). Rows are read once each."""
     _, _, row, column, channel = cut.place(pl.program_id(0))
-    *kernel, bias = cut.taps(taps, channel)
+    kernel = [cut.spread(taps.at[t], channel) for t in range(TAPS)]
+    bias = cut.spread(bias, channel)
     if residual:
         kernel[4] += 1.0
     sums: dict[int, jax.Array] = {}
@@ -220,7 +221,7 @@ def _convolved_body(
             o = r + 1 - dy  # the row that sees this one as its row `dy`
             if 0 <= o < cut.rows:
                 for dx in range(3):
-                    sums[o] = _fma(near[dx], kernel[3 * dy + dx], sums.get(o, bias), interpret)
+                    sums[o] = fma(near[dx], kernel[3 * dy + dx], sums.get(o, bias), interpret)
         if r >= 1:
             at, of, real = cut.at(row + r - 1, column, channel)
             found = sums.pop(r - 1)
@@ -239,8 +240,7 @@ def _convolved(
     cut = _Cut.of(x, ROWS)
     body = functools.partial(_convolved_body, residual=residual, gelu_tanh=gelu_tanh)
     shape = jax.ShapeDtypeStruct((len(x), math.prod(cut.size), cut.channels), x.dtype)
-    taps = jnp.concatenate([kernel, bias[None].astype(kernel.dtype)])
-    return _call(body, cut, here, shape, (x,), (taps,)).reshape(x.shape)
+    return _call(body, cut, here, shape, (x,), (kernel, bias)).reshape(x.shape)
 
 
 def _sums_body(x: Any, dout: Any, out: Any, *, cut: _Cut, interpret: bool) -> None:
@@ -254,7 +254,7 @@ def _sums_body(x: Any, dout: Any, out: Any, *, cut: _Cut, interpret: bool) -> No
             for dy in (-1, 0, 1)
             for dx in (-1, 0, 1)
         )
-        kernel = [_fma(g, n, s, interpret) for s, n in zip(sums, near, strict=False)]
+        kernel = [fma(g, n, s, interpret) for s, n in zip(sums, near, strict=False)]
         return *kernel, sums[TAPS] + g
 
     zero = jnp.zeros((COLUMNS, cut.block), jnp.float32)

@@ -55,9 +55,10 @@ class Block(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         x = x + self.attn(self.norm1(x))
-        if self.local_conv is not None:
-            x = self.local_conv(x, residual=True)
-        return x + self.mlp(self.norm2(x))
+        if self.local_conv is None:
+            return x + self.mlp(self.norm2(x))
+        x, normed = self.local_conv.and_norm(x, self.norm2)
+        return x + self.mlp(normed)
 
 
 class ImageEncoderViT(nnx.Module):

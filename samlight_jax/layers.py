@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from pallas_kernels import depthwise_conv
+from pallas_kernels import depthwise_conv, depthwise_norm
 from pallas_kernels.gelu import gelu
 from samlight_jax.config import EMBEDDING
 
@@ -101,6 +101,17 @@ class DepthwiseConv(nnx.Module):
         kernel, options = self.kernel[:, :, 0], {"residual": residual, "gelu_tanh": fused}
         y = depthwise_conv(x, kernel, bias, stride=self.stride, **options)
         return gelu(y) if activate and not fused else y
+
+    def and_norm(
+        self, x: Float[Array, "b h w c"], norm: nnx.LayerNorm
+    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
+        """The convolution of `x` and `x` itself, and the norm of both together."""
+        kernel = self.kernel[:, :, 0]
+        if self.bias is None or depthwise_norm.unsupported(x, kernel) is not None:
+            y = self(x, residual=True)
+            return y, norm(y)
+        numbers = self.bias[...], *weights_of(norm)
+        return depthwise_norm.depthwise_conv_norm(x, kernel, *numbers, epsilon=norm.epsilon)
 
 
 class ConvNorm(nnx.Module):
