@@ -186,10 +186,11 @@ class _Cut:
         at, of, real = self.at(row, column, channel)
         return plt.load(x.at[at, of], mask=real, other=0.0).astype(jnp.float32)
 
-    def spread(self, numbers: Any, channel: Any) -> jax.Array:
-        """(c,) numbers in float32, for all of a tile."""
+    def spread(self, numbers: Any, channel: Any, *row: int) -> jax.Array:
+        """(c,) numbers, or a row of several, in float32, for all of a tile."""
         of = channel + lax.broadcasted_iota(jnp.int32, (COLUMNS, self.block), 1)
-        return plt.load(numbers.at[of]).astype(jnp.float32)
+        at = *(jnp.full_like(of, r) for r in row), of
+        return plt.load(numbers.at[at]).astype(jnp.float32)
 
 
 def fma(x: jax.Array, y: jax.Array, z: jax.Array, interpret: bool) -> jax.Array:
@@ -210,7 +211,7 @@ def _convolved_body(
 ) -> None:  # fmt: skip
     """One program; refs of (tokens, c), (9, c), (c,), (tokens, c). Rows are read once each."""
     _, _, row, column, channel = cut.place(pl.program_id(0))
-    kernel = [cut.spread(taps.at[t], channel) for t in range(TAPS)]
+    kernel = [cut.spread(taps, channel, t) for t in range(TAPS)]
     bias = cut.spread(bias, channel)
     if residual:
         kernel[4] += 1.0

@@ -8,6 +8,7 @@ gradients are asked for, `depthwise_conv` and a plain norm do it.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -22,9 +23,9 @@ from pallas_kernels.dilated_attention.triton_kernels import div_rem, plt
 from pallas_kernels.opaque import opaque
 from pallas_kernels.two_way import differentiable, normed
 
-ROWS = 4  # of a program's strip
-PART = 128  # channels held in one register array
-WARPS = 4
+ROWS = 4  # of a program's strip, a warp each
+PART = 128  # channels of a register array
+UNROLL = 2  # columns at once
 BUSY = 512  # programs that fill a device
 
 
@@ -86,96 +87,94 @@ def _run(
 
 def _body(
     x: Any, kernel: Any, bias: Any, scale: Any, shift: Any, out: Any, norm: Any, *,
-    size: tuple[int, int], columns: int, epsilon: float, interpret: bool,
+    size: tuple[int, int], columns: int, unroll: int, epsilon: float, interpret: bool,
 ) -> None:  # fmt: skip
-    """One strip of rows, column after column; refs of (tokens, c), (9, c), (c,)s, (tokens, c)s.
+    """One strip of rows, `unroll` columns at once; refs of (tokens, c), (9, c), (c,)s, (tokens, c)s.
 
-    Each column is read once, and its share of the three columns around it is added to their sums.
+    A warp has a token's channels, so that its norm crosses no warps; each column is read once, and
+    its share of the three columns around it is added to their sums. The weights come from the
+    nearest cache again and again: registers would hold nothing else.
     """
     (height, width), channels = size, x.shape[1]
-    parts = range(channels // PART)
     strip, segment = div_rem(pl.program_id(0) % (height // ROWS * (width // columns)),
                              width // columns)  # fmt: skip
-    row, first = strip * ROWS, segment * columns
-    place = [part * PART + lax.broadcasted_iota(jnp.int32, (PART,), 0) for part in parts]
+    first = segment * columns
+    shape = ROWS, PART
+    row = strip * ROWS + lax.broadcasted_iota(jnp.int32, shape, 0)
+    place = [part * PART + lax.broadcasted_iota(jnp.int32, shape, 1)
+             for part in range(channels // PART)]  # fmt: skip
 
-    def wide(ref: Any, *index: int) -> list[jax.Array]:
-        return [
-            plt.load(ref.at[*(jnp.full_like(of, i) for i in index), of]).astype(jnp.float32)
-            for of in place
-        ]
+    def number(ref: Any, part: int, *index: int) -> jax.Array:
+        of = place[part]
+        at = *(jnp.full_like(of, i) for i in index), of
+        return plt.load(ref.at[at]).astype(jnp.float32)
 
-    taps = [wide(kernel, t) for t in range(TAPS)]
-    bias, scale, shift = wide(bias), wide(scale), wide(shift)
-    taps[4] = [tap + 1.0 for tap in taps[4]]  # the residual
-
-    def at(row: Any, column: Any) -> tuple[Any, Any]:
-        real = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    def load(dy: int, column: Any, part: int) -> jax.Array:
+        y = row + (dy - 1)
+        real = (y >= 0) & (y < height) & (column >= 0) & (column < width)
         # Beyond the map: nowhere, since Pallas's interpreter writes masked places back.
-        return jnp.where(real, row * width + column, height * width), real
+        token = jnp.where(real, y * width + column, height * width)
+        return plt.load(x.at[token, place[part]], mask=real, other=0.0)
 
-    def load(row: Any, column: Any) -> list[jax.Array]:
-        token, real = at(row, column)
-        mask = jnp.broadcast_to(real, (PART,))
-        loaded = (
-            plt.load(x.at[jnp.broadcast_to(token, (PART,)), of], mask=mask, other=0.0)
-            for of in place
-        )
-        return [each.astype(jnp.float32) for each in loaded]
-
-    def add(near: Any, dx: int, sums: Any) -> Any:
-        """A column's share of the sums of the one that sees it as its column `dx`."""
-        sums = list(sums)
-        for dy in range(3):
-            for i, value in enumerate(near[dy]):
-                sums[i] = fma(value, taps[3 * dy + dx][i], sums[i], interpret)
-        return sums
-
-    def advance(column: Any, before: Any, own: Any) -> tuple[Any, Any, Any]:
-        near = [load(row + r, column) for r in range(-1, ROWS + 1)]
-        see = [near[r : r + 3] for r in range(ROWS)]
-        done = [add(see[r], 2, before[r]) for r in range(ROWS)]
-        return done, [add(see[r], 1, own[r]) for r in range(ROWS)], [
-            add(see[r], 0, bias) for r in range(ROWS)
-        ]  # fmt: skip
+    def advance(column: Any, count: int, state: Any) -> tuple[Any, Any]:
+        """Adds `count` columns: what is done, and the sums of the next two, part by part."""
+        done, after = [], []
+        near = [[[load(dy, column + u, part) for part in range(len(place))] for dy in range(3)]
+                for u in range(count)]  # fmt: skip
+        for part, known in enumerate(state):
+            start = number(bias, part)
+            sums = [*known, *[start] * count]
+            for dy in range(3):
+                for dx in range(3):
+                    tap = number(kernel, part, 3 * dy + dx)
+                    tap = tap + 1.0 if dy == dx == 1 else tap  # the residual
+                    for u in range(count):
+                        value = near[u][dy][part].astype(jnp.float32)
+                        sums[u + 2 - dx] = fma(value, tap, sums[u + 2 - dx], interpret)
+            done.append(sums[:count])
+            after.append(tuple(sums[count:]))
+        return done, tuple(after)
 
     def step(i: Any, state: Any) -> Any:
-        done, *state = advance(first + i + 1, *state)
-        for r in range(ROWS):
-            token, _ = at(row + r, first + i)
-            mean = sum(done[r][1:], done[r][0]).sum() / channels
-            centred = [part - mean for part in done[r]]
-            squares = [part * part for part in centred]
-            factor = lax.rsqrt(sum(squares[1:], squares[0]).sum() / channels + epsilon)
-            for i_, of in enumerate(place):
-                where = jnp.broadcast_to(token, (PART,)), of
-                plt.store(out.at[where], done[r][i_].astype(out.dtype))
-                result = fma(centred[i_] * factor, scale[i_], shift[i_], interpret)
-                plt.store(norm.at[where], result.astype(norm.dtype))
+        column = first + i * unroll
+        done, state = advance(column + 1, unroll, state)
+        for u in range(unroll):
+            sums = [part[u] for part in done]
+            mean = sum(sums[1:], sums[0]).sum(1) / channels
+            sums_ = [part - mean[:, None] for part in sums]
+            squares = [part * part for part in sums_]
+            factor = lax.rsqrt(sum(squares[1:], squares[0]).sum(1) / channels + epsilon)
+            for part, of in enumerate(place):
+                at = row * width + column + u, of
+                plt.store(out.at[at], sums[part].astype(out.dtype))
+                result = fma(sums_[part] * factor[:, None], number(scale, part),
+                             number(shift, part), interpret)  # fmt: skip
+                plt.store(norm.at[at], result.astype(norm.dtype))
         return state
 
-    start = [bias] * ROWS
-    _, *state = advance(first - 1, start, start)
-    _, *state = advance(first, *state)
-    lax.fori_loop(0, columns, step, state)
+    start = tuple((number(bias, part),) * 2 for part in range(len(place)))
+    _, state = advance(first - 1, 1, start)
+    _, state = advance(first, 1, state)
+    lax.fori_loop(0, columns // unroll, step, state)
 
 
 def _strips(epsilon: float, here: device.Device, x: jax.Array, *shared: jax.Array) -> Any:
     b, height, width, c = x.shape
     columns = width
-    while b * (height // ROWS) * (width // columns) < BUSY and columns % 2 == 0 and columns > 4:
+    while b * (height // ROWS) * (width // columns) < BUSY and columns % (2 * UNROLL) == 0:
         columns //= 2
+    unroll = math.gcd(columns, UNROLL)
     programs = height // ROWS * (width // columns)
     spec = pl.BlockSpec((None, height * width, c), lambda program: (program // programs, 0, 0))
     shape = jax.ShapeDtypeStruct((b, height * width, c), x.dtype)
     out, norm = pl.pallas_call(
-        functools.partial(_body, size=(height, width), columns=columns, epsilon=epsilon,
-                          interpret=here.interpret),
+        functools.partial(_body, size=(height, width), columns=columns, unroll=unroll,
+                          epsilon=epsilon, interpret=here.interpret),
         grid=(b * programs,),
         in_specs=[spec, *(pl.BlockSpec(each.shape) for each in shared)],
         out_specs=(spec, spec),
         out_shape=(shape, shape),
-        compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=ROWS, num_stages=1),
         interpret=here.interpret,
     )(x.reshape(shape.shape), *shared)  # fmt: skip
     return out.reshape(x.shape), norm.reshape(x.shape)

@@ -251,7 +251,7 @@ class SamAutomaticMaskGenerator:
         # To the crop's end and a pixel further, where its last run ends.
         across = range(crop.box[0] // on.TILE, min(crop.box[2] // on.TILE, last) + 1)
         points = self._frame_points(crop)[masks // MASKS]
-        size = self._batch
+        size = min(self._batch, on.AT_ONCE)
         starts = range(0, len(masks), size)
         for start, batch, which in zip(
             starts, _batches(points, size), _batches(masks % MASKS, size), strict=True
