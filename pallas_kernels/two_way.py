@@ -123,7 +123,8 @@ def tokens_to_image(
     k, v = (x.reshape(-1, heads, d // heads) for x in (weights.k, weights.v))
     asked = _by_head(queries, heads) * (d // heads) ** -0.5
     rows = jnp.einsum("bqnhe,che->bqnhc", asked, k).reshape(b, q, n * heads, -1)
-    if unsupported(image, n, heads) is not None:
+    # All rows of all prompts with one map are two large products, which are faster.
+    if b == 1 or unsupported(image, n, heads) is not None:
         seen = plain_to_image(image, positions, rows)
     else:
         run = functools.partial(_to_image, device.current())
@@ -294,6 +295,11 @@ def _of_prompt(programs: int, prompts: int, *shape: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, None, *shape), index)
 
 
+def _params(rows: int) -> Any:
+    """A warp holds 16 rows of sums."""
+    return plt.CompilerParams(num_warps=max(rows // 16, 4), num_stages=1)
+
+
 def _tiles_of_map(
     heads: int, epsilon: float, here: device.Device, image: jax.Array, rows: jax.Array, *more: Any
 ) -> jax.Array:
@@ -312,7 +318,7 @@ def _tiles_of_map(
         ],
         out_specs=_of_prompt(tiles, q, m, c),
         out_shape=jax.ShapeDtypeStruct((b, q, m, c), image.dtype),
-        compiler_params=plt.CompilerParams(num_warps=8, num_stages=1),
+        compiler_params=_params(r),
         interpret=here.interpret,
     )(image, rows, *more)
 
@@ -381,6 +387,6 @@ def _parts_of_map(
         ],
         out_specs=tuple(of_part(*shape[3:]) for shape in shapes),
         out_shape=tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes),
-        compiler_params=plt.CompilerParams(num_warps=8, num_stages=2),
+        compiler_params=_params(r),
         interpret=here.interpret,
     )(image, rows, positions)

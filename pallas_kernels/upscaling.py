@@ -24,7 +24,7 @@ from pallas_kernels.opaque import opaque
 from pallas_kernels.two_way import differentiable, last, normed
 
 BLOCK = 64  # tokens of a program
-MASKS = 16  # columns of a product, at least
+MASKS = 4  # of a token's quarter: with four quarters a product's 16 columns
 
 
 class Upscaling(NamedTuple):
@@ -106,24 +106,22 @@ def _body(
     image: Any, masks: Any, first: Any, between: Any, second: Any, bias: Any, out: Any, *,
     width: int, count: int, epsilon: float, interpret: bool,
 ) -> None:  # fmt: skip
-    """One tile; refs of (m, c), (f, k), (4, c, e), (3, e), (4, e, f), (1, f), (k, pixels)."""
+    """One tile; refs of (m, c), (4 f, 16), (4, c, e), (3, e), (e, 4 f), (1, 4 f), (k, pixels)."""
     start = pl.program_id(0) % (image.shape[0] // BLOCK) * BLOCK
     x = plt.load(image.at[pl.ds(start, BLOCK)])
-    shape = BLOCK, masks.shape[1]
+    shape = BLOCK, 4 * MASKS
     row, column = div_rem(start + lax.broadcasted_iota(jnp.int32, shape, 0), width)
-    which = lax.broadcasted_iota(jnp.int32, shape, 1)
+    quarter, which = div_rem(lax.broadcasted_iota(jnp.int32, shape, 1), MASKS)
+    down, across = div_rem(quarter, 2)
     bias_1, scale, shift = (plt.load(between.at[pl.ds(i, 1)]).astype(jnp.float32) for i in range(3))
     bias_2 = bias[...].astype(jnp.float32)
     for half in range(4):
         y = normed(dot(x, first[half], interpret) + bias_1, scale, shift, epsilon)
         y = gelu_in_triton(y, interpret).astype(x.dtype)
-        for quarter in range(4):
-            z = gelu_in_triton(dot(y, second[quarter], interpret) + bias_2, interpret)
-            logits = dot(z.astype(x.dtype), masks[...], interpret)
-            down = 4 * row + 2 * (half // 2) + quarter // 2
-            across = 4 * column + 2 * (half % 2) + quarter % 2
-            at = down * (4 * width) + across
-            plt.store(out.at[which, at], logits.astype(out.dtype), mask=which < count)
+        z = gelu_in_triton(dot(y, second[...], interpret) + bias_2, interpret)
+        logits = dot(z.astype(x.dtype), masks[...], interpret)
+        at = (4 * row + 2 * (half // 2) + down) * (4 * width) + 4 * column + 2 * (half % 2) + across
+        plt.store(out.at[which, at], logits.astype(out.dtype), mask=which < count)
 
 
 def _masks(
@@ -132,15 +130,17 @@ def _masks(
 ) -> jax.Array:  # fmt: skip
     (b, _, c), k = image.shape, masks.shape[1]
     e, *_, f = weights.second.shape
-    padded = jnp.pad(masks, ((0, 0), (0, MASKS - k), (0, 0))).swapaxes(1, 2)
+    # A quarter's channels meet the columns of its own masks alone.
+    padded = jnp.pad(masks, ((0, 0), (0, MASKS - k), (0, 0)))
+    apart = jnp.einsum("bkf,uv->bufvk", padded, jnp.eye(4, dtype=masks.dtype))
     run = functools.partial(_tiles, size, k, epsilon, here)
-    out = opaque(run, 2, "b m c, b f j, i c e, n e, i e f, o f -> b k p", "b")(
+    out = opaque(run, 2, "b m c, b f j, i c e, n e, e f, o f -> b k p", "b")(
         image,
-        padded,
+        apart.reshape(b, 4 * f, 4 * MASKS),
         weights.first.reshape(c, 4, e).swapaxes(0, 1),
         jnp.stack([weights.first_bias, weights.scale, weights.shift]),
-        weights.second.reshape(e, 4, f).swapaxes(0, 1),
-        weights.second_bias[None],
+        weights.second.reshape(e, 4 * f),
+        jnp.tile(weights.second_bias, 4)[None],
     )
     return out.reshape(b, k, 4 * size[0], 4 * size[1])
 

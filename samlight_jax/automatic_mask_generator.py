@@ -204,10 +204,11 @@ class SamAutomaticMaskGenerator:
             np.array((0, 0, *crop.size[::-1]), np.int32),
         )
         axes = on.axes(crop.frame, (0, 0, width, height), crop.frame.original)
-        (rows, columns), limits = jax.device_put((axes, limits))  # once for all batches
+        given = (*axes, limits, on.resizes(crop.frame))
+        rows, columns, limits, kernel = jax.device_put(given)  # once for all batches
         points = self._frame_points(crop)
         batches = [
-            on.measure(self._parts, embedding, batch, rows, columns, limits)
+            on.measure(self._parts, embedding, batch, rows, columns, limits, kernel)
             for batch in _batches(points, self._batch)
         ]
         return on.Measured(*zip(*batches, strict=True))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from pallas_kernels.mask_extent import Resize, mask_extent, unsupported
 from samlight_jax.config import PATCH
 from samlight_jax.postprocess import LOW_RES, MASK_THRESHOLD, resize_weights
 from samlight_jax.preprocess import PIXEL_MEAN, PIXEL_STD, Frame
@@ -72,8 +73,8 @@ def _jit(function: Any) -> Any:
 @functools.lru_cache(maxsize=16)
 def axes(frame: Frame, box: Box, photo: tuple[int, int]) -> tuple[Axis, Axis]:
     """Rows and columns of a photograph (height, width) that a crop at `box` fills in part."""
-    low_res = LOW_RES * frame.image_size // PATCH
-    matrices = resize_weights(frame, low_res)
+    matrices = _matrices(frame)
+    low_res = matrices[0].shape[1]
     placed = [
         _placed(matrix, start, total)
         for matrix, start, total in zip(matrices, (box[1], box[0]), photo, strict=True)
@@ -81,9 +82,26 @@ def axes(frame: Frame, box: Box, photo: tuple[int, int]) -> tuple[Axis, Axis]:
     firsts, spans = zip(*map(_bands, placed), strict=True)
     narrow = min(BAND, low_res)
     band = narrow if max(spans) <= narrow else low_res
-    tiles = max(MIN_TILES, 1 << (max(map(len, placed)) - 1).bit_length())
+    tiles = _padded(max(photo))
     rows, columns = (_axis(*each, band, tiles) for each in zip(placed, firsts, photo, strict=True))
     return rows, columns
+
+
+def _matrices(frame: Frame) -> tuple[np.ndarray, np.ndarray]:
+    return resize_weights(frame, LOW_RES * frame.image_size // PATCH)
+
+
+def _padded(length: int) -> int:
+    """Tiles of an axis of so many pixels and those that pad it."""
+    return max(MIN_TILES, 1 << (-(-length // TILE) - 1).bit_length())
+
+
+@functools.lru_cache(maxsize=16)
+def resizes(frame: Frame) -> tuple[Resize, Resize] | None:
+    """Rows and columns of a crop as the kernel takes them; None where it does not."""
+    padded = TILE * _padded(max(frame.original))
+    rows, columns = (Resize.of(matrix, padded) for matrix in _matrices(frame))
+    return None if rows is None or columns is None else (rows, columns)
 
 
 def _placed(matrix: np.ndarray, start: int, total: int) -> np.ndarray:
@@ -177,6 +195,22 @@ def _measure(
     return small / jnp.maximum(large, 1), box.T
 
 
+def _measure_passed(
+    low: Float[Array, "k n n"], passed: Bool[Array, "k"], rows: Axis, columns: Axis, offset: Any
+) -> tuple[Float[Array, "k"], Int[Array, "k 4"]]:
+    """`_measure` of the masks that passed; zeros for the others."""
+    order = jnp.argsort(~passed, stable=True)  # what passed comes first, and is all that is looped
+    order = jnp.pad(order, (0, -len(order) % AT_ONCE), mode="edge")
+
+    def step(i: Any, found: tuple) -> tuple:
+        chosen = jax.lax.dynamic_slice(order, (i * AT_ONCE,), (AT_ONCE,))
+        new = _measure(low[chosen], rows, columns, offset)
+        return jax.tree.map(lambda all_, x: all_.at[chosen].set(x), found, new)
+
+    nothing = jnp.zeros(len(low)), jnp.zeros((len(low), 4), jnp.int32)
+    return jax.lax.fori_loop(0, -(-passed.sum() // AT_ONCE), step, nothing)
+
+
 @_jit
 def measure(
     model: Sam,
@@ -185,25 +219,23 @@ def measure(
     rows: Axis,
     columns: Axis,
     limits: Limits,
+    kernel: tuple[Resize, Resize] | None = None,
 ) -> Measured:
     """Decodes one batch of points and measures those of its masks whose predicted IoU passes.
 
     SAM's order: predicted IoU, stability score, box, crop's edge. A threshold of 0 or less passes
     everything but NaN; the stability score of a mask that is empty at both levels is 0.
+    `kernel` is `resizes` of the frame, where a kernel may measure.
     """
     low, iou = _decode(model, embedding, points)
     low, iou = low.reshape(-1, *low.shape[2:]), iou.reshape(-1)
     passed = jnp.isfinite(iou) & ((iou > limits.iou) | (limits.iou <= 0))
-    order = jnp.argsort(~passed, stable=True)  # what passed comes first, and is all that is looped
-    order = jnp.pad(order, (0, -len(order) % AT_ONCE), mode="edge")
-
-    def step(i: Any, found: tuple) -> tuple:
-        chosen = jax.lax.dynamic_slice(order, (i * AT_ONCE,), (AT_ONCE,))
-        new = _measure(low[chosen], rows, columns, limits.offset)
-        return jax.tree.map(lambda all_, x: all_.at[chosen].set(x), found, new)
-
-    nothing = jnp.zeros(len(iou)), jnp.zeros((len(iou), 4), jnp.int32)
-    stability, box = jax.lax.fori_loop(0, -(-passed.sum() // AT_ONCE), step, nothing)
+    if kernel is not None and unsupported(low) is None:
+        levels = MASK_THRESHOLD + jnp.stack([limits.offset, 0 * limits.offset, -limits.offset])
+        (small, _, large), box = mask_extent(low, passed, *kernel, levels)
+        stability = small / jnp.maximum(large, 1)
+    else:
+        stability, box = _measure_passed(low, passed, rows, columns, limits.offset)
     stable = (stability >= limits.stability) | (limits.stability <= 0)
     placed = box + jnp.tile(limits.crop[:2], 2)
     near = [jnp.abs(placed - edges) <= EDGE for edges in (limits.crop, limits.photo)]
