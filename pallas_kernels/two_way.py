@@ -23,7 +23,8 @@ from pallas_kernels.dilated_attention import triton
 from pallas_kernels.dilated_attention.triton_kernels import LOG2E, LOWEST, div_rem, dot, plt
 from pallas_kernels.opaque import opaque
 
-BLOCK = 64  # tokens of the map that a kernel holds
+BLOCK = 64  # tokens of the map that a program of `image_to_tokens` holds
+STEP = 32  # that one of `tokens_to_image` goes on by
 ROWS = 128  # heads times a prompt's tokens, at most
 BUSY = 256  # programs that fill a device
 
@@ -295,9 +296,9 @@ def _of_prompt(programs: int, prompts: int, *shape: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, None, *shape), index)
 
 
-def _params(rows: int) -> Any:
+def _params(rows: int, stages: int) -> Any:
     """A warp holds 16 rows of sums."""
-    return plt.CompilerParams(num_warps=max(rows // 16, 4), num_stages=1)
+    return plt.CompilerParams(num_warps=max(rows // 16, 4), num_stages=stages)
 
 
 def _tiles_of_map(
@@ -318,7 +319,7 @@ def _tiles_of_map(
         ],
         out_specs=_of_prompt(tiles, q, m, c),
         out_shape=jax.ShapeDtypeStruct((b, q, m, c), image.dtype),
-        compiler_params=_params(r),
+        compiler_params=_params(r, stages=1),
         interpret=here.interpret,
     )(image, rows, *more)
 
@@ -330,12 +331,12 @@ def _to_image_body(
 
     The last is the logarithm of the sum of weights.
     """
-    first = pl.program_id(0) % (image.shape[0] // (tiles * BLOCK)) * tiles
+    first = pl.program_id(0) % (image.shape[0] // (tiles * STEP)) * tiles
     asked = rows[...]
 
     def step(i: Any, state: Any) -> Any:
         top, total, sums = state
-        tile = pl.ds((first + i) * BLOCK, BLOCK)
+        tile = pl.ds((first + i) * STEP, STEP)
         x = plt.load(image.at[tile])
         scores = dot(asked, (x + plt.load(positions.at[tile])).T, interpret)
         new = jnp.maximum(top, scores.max(1))
@@ -353,7 +354,7 @@ def _to_image_body(
 def _to_image(
     here: device.Device, image: jax.Array, positions: jax.Array, rows: jax.Array
 ) -> jax.Array:
-    (b, q, r, _), tiles = rows.shape, image.shape[1] // BLOCK
+    (b, q, r, _), tiles = rows.shape, image.shape[1] // STEP
     full, parts = pl.next_power_of_2(max(r, BLOCK)), 1
     while b * q * parts < BUSY and tiles % (2 * parts) == 0:
         parts *= 2
@@ -378,7 +379,7 @@ def _parts_of_map(
 
     shapes = (b, q, parts, r, c), (b, q, parts, r)
     return pl.pallas_call(
-        functools.partial(_to_image_body, tiles=m // BLOCK // parts, interpret=here.interpret),
+        functools.partial(_to_image_body, tiles=m // STEP // parts, interpret=here.interpret),
         grid=(b * q * parts,),
         in_specs=[
             _of_image(parts * q, m, c),
@@ -387,6 +388,6 @@ def _parts_of_map(
         ],
         out_specs=tuple(of_part(*shape[3:]) for shape in shapes),
         out_shape=tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes),
-        compiler_params=_params(r),
+        compiler_params=_params(r, stages=3),
         interpret=here.interpret,
     )(image, rows, positions)

@@ -232,8 +232,8 @@ def measure(
     passed = jnp.isfinite(iou) & ((iou > limits.iou) | (limits.iou <= 0))
     if kernel is not None and unsupported(low) is None:
         levels = MASK_THRESHOLD + jnp.stack([limits.offset, 0 * limits.offset, -limits.offset])
-        (small, _, large), box = mask_extent(low, passed, *kernel, levels)
-        stability = small / jnp.maximum(large, 1)
+        counts, box = mask_extent(low, passed, *kernel, levels)
+        stability = counts[:, 0] / jnp.maximum(counts[:, 2], 1)
     else:
         stability, box = _measure_passed(low, passed, rows, columns, limits.offset)
     stable = (stability >= limits.stability) | (limits.stability <= 0)

@@ -23,6 +23,7 @@ from samlight_jax.preprocess import Frame
 
 LABELS = (-1, 0, 1, 2, 3)  # pad, background, foreground, a box's top left, its bottom right
 BUCKETS = (8, 32, 128, 512)  # slots; beyond the last, multiples of it
+FEW = 3  # slots of several prompts: with the decoder's own five, the 8 that its kernels take
 ABSENT = -1  # of `predict_batch`: a label, a whole box or a whole mask
 
 
@@ -180,15 +181,15 @@ def assemble(
         labels = point_labels.astype(xp.int32)
         valid = labels != ABSENT if absent else xp.ones(labels.shape, bool)
         coords = xp.where(valid[..., None], point_coords, 0) * scale
-        # SAM's pad point: where there are points and no box.
-        pad = valid.any(axis=1, keepdims=True) & ~has_box
-        origin = xp.zeros((count, 1, 2), xp.float32)
-        coords, labels, valid = _append(xp, (coords, labels, valid), origin, -1, pad)
+        if boxes is None or absent:  # SAM's pad point: where there are points and no box
+            pad = valid.any(axis=1, keepdims=True) & ~has_box
+            origin = xp.zeros((count, 1, 2), xp.float32)
+            coords, labels, valid = _append(xp, (coords, labels, valid), origin, -1, pad)
     if boxes is not None:
         corners = xp.where(has_box[..., None], boxes.reshape(count, 2, 2), 0) * scale
         kinds = np.array([[2, 3]])
         coords, labels, valid = _append(xp, (coords, labels, valid), corners, kinds, has_box)
-    free = _bucket(labels.shape[1]) - labels.shape[1]
+    free = _bucket(labels.shape[1], count) - labels.shape[1]
     rest = xp.zeros((count, free, 2), xp.float32)
     coords, labels, valid = _append(xp, (coords, labels, valid), rest, -1, ~present[:, None])
 
@@ -207,7 +208,10 @@ def _append(xp: Any, slots: tuple, coords: Any, labels: Any, valid: Any) -> tupl
     return tuple(xp.concatenate([a, b], axis=1) for a, b in zip(slots, more, strict=True))
 
 
-def _bucket(slots: int) -> int:
+def _bucket(slots: int, count: int) -> int:
+    """Several prompts compile by their number anyhow, and cost what their slots do."""
+    if count > 1 and slots <= FEW:
+        return FEW
     last = BUCKETS[-1]
     return next((size for size in BUCKETS if slots <= size), -(-slots // last) * last)
 

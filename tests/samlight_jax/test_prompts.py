@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from samlight_jax import InputError, mask_to_input
 from samlight_jax.preprocess import Frame
-from samlight_jax.prompts import BUCKETS, assemble
+from samlight_jax.prompts import BUCKETS, FEW, assemble
 from tests.models import TINY
 
 FRAME = Frame((40, 60), TINY.image_size)
@@ -50,6 +50,14 @@ def test_any_number_of_points_fits_its_bucket(count):
     assert slots in BUCKETS or slots % BUCKETS[-1] == 0
     assert prompts.valid.sum() == (count + 1 if count else 0)
     assert slots < 4 * max(count + 3, BUCKETS[0])
+
+
+def test_several_prompts_of_a_point_or_a_box_take_no_more_slots_than_needed():
+    point, box = np.ones((4, 1, 2)), np.array([[1.0, 1, 9, 9]] * 4)
+    for parts in ((point, point[..., 0], None), (None, None, box), (point, point[..., 0], box)):
+        assert assemble(FRAME, TINY, 4, *parts, absent=False).valid.shape == (4, FEW)
+    two = np.ones((4, 2, 2))
+    assert assemble(FRAME, TINY, 4, two, two[..., 0], box, absent=False).valid.shape == (4, 8)
 
 
 def test_masks_are_absent_where_a_batch_says_minus_one():
