@@ -29,6 +29,10 @@ BATCHES = (1, 16, 64)
 PROMPTS = (1, 16, 256)
 SIDES = (512, 768, 1024, 1536, 2048)
 SPEND = 0.4  # seconds on one figure
+MACHINE = """import json
+from benchmarks.attention import ceilings
+from pallas_kernels import measure
+print(json.dumps(measure.machine() | {{"tflops": ceilings({})["tflops"]}}))"""
 SUBJECTS = (*compare_subjects.SUBJECTS, *compare_automatic.SUBJECTS)
 Row = dict[str, Any]
 
@@ -65,8 +69,7 @@ def _main(options: Options) -> None:
     if unknown := sorted(set(names) - set(SUBJECTS)):
         known = ", ".join(SUBJECTS)
         raise InputError(f"--subjects {' '.join(unknown)}: expected some of {known}.")
-    machine = json.loads(_child("import json; from pallas_kernels import measure; "
-                                "print(json.dumps(measure.machine()))"))  # fmt: skip
+    machine = json.loads(_child(MACHINE.format(512 if options.tiny else 8192)))
     slug = machine["device"].lower().split()[-1]
     path = options.output or RESULTS / f"compare_{slug}.json"
     report = {**machine, "rows": {}}
@@ -74,6 +77,7 @@ def _main(options: Options) -> None:
         report["rows"] = before["rows"]
     for name in names:
         report["rows"][name] = row = _row(name, options)
+        report["rows"] = {each: report["rows"][each] for each in SUBJECTS if each in report["rows"]}
         measure.write_json(path, report)
         print(f"{name}: {row.get('failed') or _line(row)}", flush=True)
 

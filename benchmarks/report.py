@@ -13,7 +13,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks import report_student
+from benchmarks import report_compare, report_student
 from benchmarks.cells import (
     AGREEMENT,
     OUT_OF_DOMAIN,
@@ -247,6 +247,10 @@ TABLES: tuple[tuple[str, str, Table, str], ...] = (  # page, name of its markers
     ("README.md", "attention", headlines, "attention_h200.json"),
     ("docs/performance.md", "cpu", CPU, "cpu.json"),
     ("docs/performance.md", "attention", headlines, "attention_h200.json"),
+    ("docs/performance.md", "encoders", report_compare.encoders, "compare_h200.json"),
+    ("docs/performance.md", "predictions", report_compare.predictions, "compare_h200.json"),
+    ("docs/performance.md", "growth", report_compare.growth, "compare_h200.json"),
+    ("docs/automatic_masks.md", "automatic", report_compare.automatic, "compare_h200.json"),
     ("docs/kernels.md", "forward", every_row(FORWARD), "attention_h200.json"),
     ("docs/kernels.md", "both", every_row(BOTH), "attention_h200.json"),
     ("docs/kernels.md", "refusals", refusals, "attention_h200.json"),

@@ -73,6 +73,7 @@ def plain(
     x: jax.Array, kernel: jax.Array, bias: jax.Array, scale: jax.Array, shift: jax.Array, *,
     epsilon: float,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """The operation as two; arguments as in `depthwise_conv_norm`."""
     y = depthwise_conv(x, kernel, bias, residual=True)
     return y, normed(y, scale, shift, epsilon)
 
@@ -89,7 +90,7 @@ def _body(
     x: Any, kernel: Any, bias: Any, scale: Any, shift: Any, out: Any, norm: Any, *,
     size: tuple[int, int], columns: int, unroll: int, epsilon: float, interpret: bool,
 ) -> None:  # fmt: skip
-    """One strip of rows, `unroll` columns at once; refs of (tokens, c), (9, c), (c,)s, (tokens, c)s.
+    """One strip of rows, `unroll` columns at once; refs as in the call, maps as (tokens, c).
 
     A warp has a token's channels, so that its norm crosses no warps; each column is read once, and
     its share of the three columns around it is added to their sums. The weights come from the

@@ -12,6 +12,7 @@ import pytest
 from pallas_kernels.device import Device, assume
 
 ROOT = Path(__file__).parents[2]
+PRECISION = {4: "highest", 2: "default"}  # by bytes: of float32 not TF32, a GPU's own choice
 INTERPRETED = Device("gpu", "NVIDIA H200", (9, 0), interpret=True)
 
 

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from pallas_kernels import two_way
 from pallas_kernels.device import Device, assume
 from pallas_kernels.two_way import ToImage, ToTokens, image_to_tokens, tokens_to_image
-from tests.pallas_kernels.conftest import INTERPRETED, on_four_devices
+from tests.pallas_kernels.conftest import INTERPRETED, PRECISION, on_four_devices
 
 HEADS, EPSILON = 4, 1e-5
 CASES = {  # images, prompts of each, tokens, map, dtype, error
@@ -109,7 +109,8 @@ def test_it_is_what_its_definition_says(kernel, operation, case):
     reason = two_way.unsupported(args[0], shape[2], HEADS)
     assert (reason is None) == (shape[-1] != "float32")
     want = oracle(*args)
-    got = jax.jit(functools.partial(run, heads=HEADS))(*args)
+    with jax.default_matmul_precision(PRECISION[args[0].dtype.itemsize]):
+        got = jax.jit(functools.partial(run, heads=HEADS))(*args)
     assert got.dtype == args[0].dtype
     np.testing.assert_allclose(np.asarray(got).astype(float), want, atol=error)
 

@@ -8,7 +8,7 @@ import pytest
 from pallas_kernels import upscaling
 from pallas_kernels.device import Device, assume
 from pallas_kernels.upscaling import Upscaling, upscaled_masks
-from tests.pallas_kernels.conftest import INTERPRETED
+from tests.pallas_kernels.conftest import INTERPRETED, PRECISION
 
 SIZE, EPSILON = (4, 32), 1e-6
 
@@ -48,7 +48,8 @@ def test_it_is_what_segment_anything_does(kernel, dtype):
     given = draw(dtype)
     assert (upscaling.unsupported(*given[:2]) is None) == (dtype == "bfloat16")
     want = oracle(*given)
-    got = jax.jit(lambda *x: upscaled_masks(*x, size=SIZE))(*given)
+    with jax.default_matmul_precision(PRECISION[given[0].dtype.itemsize]):
+        got = jax.jit(lambda *x: upscaled_masks(*x, size=SIZE))(*given)
     assert got.shape == (2, 4, 16, 128) and got.dtype == dtype
     error = {"bfloat16": 0.02, "float32": 1e-5}[dtype] * np.abs(want).max()
     np.testing.assert_allclose(np.asarray(got).astype(float), want, atol=error)

@@ -4,11 +4,13 @@ import jax
 import numpy as np
 import pytest
 
+from pallas_kernels.device import assume
 from samlight_jax import automatic_mask_generator_device as on
 from samlight_jax.flat import flat
 from samlight_jax.postprocess import photo_logits
 from samlight_jax.preprocess import Frame
 from tests.models import TINY, random_model
+from tests.pallas_kernels.conftest import INTERPRETED
 
 SIDE = TINY.image_size
 
@@ -54,6 +56,25 @@ def test_a_crops_tiles_lie_in_the_photograph():
     got = np.block([[np.array(tile(low, rows, columns, y, x)) for x in (0, 1)] for y in (0, 1)])
     np.testing.assert_allclose(got[0, :700, :600], want, atol=1e-5)
     assert (got[0, 700:] == got[0, 699]).all()
+
+
+def test_the_kernel_measures_as_the_tiles_do():
+    size = (50, 90)
+    frame = Frame(size, SIDE)
+    whole = (0, 0, *size[::-1])
+    levels = np.float32(0), np.float32(0), np.float32(0.1)
+    limits = on.Limits(*levels, *[np.array(whole, np.int32)] * 2)
+    given = *on.axes(frame, whole, size), limits
+    embedding = np.random.default_rng(0).normal(size=(SIDE // 16, SIDE // 16, 256))
+    points = np.array([[5, 6], [40, 20], [60, 30]], np.float32)
+    start = flat(random_model()), embedding.astype(np.float32), points
+    tiles = on.measure(*start, *given)
+    with assume(INTERPRETED):
+        kernel = on.measure(*start, *given, on.resizes(frame))
+    assert len(set(np.array(tiles.stability).tolist())) > 3 and np.array(tiles.box).any()
+    np.testing.assert_allclose(kernel.stability, tiles.stability, atol=1e-3)
+    np.testing.assert_array_equal(kernel.box, tiles.box)
+    np.testing.assert_array_equal(kernel.keep, tiles.keep)
 
 
 def greedy(boxes, threshold):

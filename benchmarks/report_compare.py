@@ -1,0 +1,95 @@
+"""Tables of `benchmarks.compare`: encoders, predictions, growth and automatic masks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.cells import Rows
+from benchmarks.compare import PROMPTS, SIDES
+
+BASELINE = "torch sam_vit_h"  # SAM itself, as published
+TITLE = "{device}, {date}"
+
+
+def encoders(values: dict[str, Any]) -> Rows:
+    """Time of one photograph and of batches, memory, arithmetic and its share of the peak."""
+    rows = _timed(values, "encoder_ms_per_image")
+    slowest = rows[BASELINE]["encoder_ms_per_image"]["1"] if BASELINE in rows else None
+    head = "parameters (M)", "latency, ms", "in a row, ms", "against SAM ViT-H"
+    found: list[Sequence[str]] = [
+        (f"encoder, {TITLE}", *head, "16 at once, ms each", "64", "of the bf16 peak", "memory, MiB")
+    ]
+    for name, row in rows.items():
+        batches = row["encoder_ms_per_image"]
+        one, many = batches["1"], batches.get("64") or batches.get("16")
+        faster = f"{slowest / one:.1f}" if slowest and one else "-"
+        found.append(
+            (
+                *(_named(name, row), f"{row['encoder_parameters'] / 1e6:.1f}"),
+                *(_ms(row["encoder_latency_ms"]), _ms(one), faster),
+                *(_ms(batches.get(b)) for b in ("16", "64")),
+                _share(row, many, values),
+                "-" if row["memory_mib"] is None else f"{row['memory_mib']:.0f}",
+            )
+        )
+    return found
+
+
+def predictions(values: dict[str, Any]) -> Rows:
+    """From a photograph on the device to masks there, and prompts on an embedding."""
+    counts = [str(n) for n in PROMPTS]
+    head = *(f"predict, {n}" for n in counts), *(f"prompts alone, {n}" for n in counts)
+    found: list[Sequence[str]] = [(f"ms, by boxes, {TITLE}", *head)]
+    for name, row in _timed(values, "predict_ms").items():
+        cells = [row[key].get(n) for key in ("predict_ms", "prompts_ms") for n in counts]
+        if any(cells):
+            found.append((_named(name, row), *map(_ms, cells)))
+    return found
+
+
+def growth(values: dict[str, Any]) -> Rows:
+    """Time of one photograph by the side of the frame."""
+    sides = [str(side) for side in SIDES]
+    found: list[Sequence[str]] = [(f"ms of an encoder by pixels a side, {TITLE}", *sides)]
+    for name, row in _timed(values, "side_ms").items():
+        cells = [row["side_ms"].get(side) for side in sides]
+        if len([cell for cell in cells if cell]) > 1:
+            found.append((_named(name, row), *map(_ms, cells)))
+    return found
+
+
+def automatic(values: dict[str, Any]) -> Rows:
+    """A grid of points over one photograph, end to end."""
+    head = "64 points at once, ms", "256, ms", "masks", "memory, MiB", "grown over many, MiB"
+    found: list[Sequence[str]] = [(f"32x32 points, 1024x1024 pixels, {TITLE}", *head)]
+    for name, row in _timed(values, "automatic_ms").items():
+        times = (_ms(row["automatic_ms"].get(n)) for n in ("64", "256"))
+        memory = (f"{row[key]:.0f}" for key in ("memory_mib", "grown_mib"))
+        model = name.removeprefix("automatic masks, ")
+        found.append((f"`{model}`, {row['dtype']}", *times, str(row["masks"]), *memory))
+    return found
+
+
+def _timed(values: dict[str, Any], key: str) -> dict[str, dict[str, Any]]:
+    """The rows that have such times, by name; ours first, as they were run."""
+    return {name: row for name, row in values["rows"].items() if key in row}
+
+
+def _named(name: str, row: dict[str, Any]) -> str:
+    """A model, what runs it and how."""
+    model = name.removeprefix("torch ").split(",")[0]
+    mode = "" if row["mode"] in ("jit", "eager") else f", {row['mode']}"
+    return f"`{model}`, {row['framework'].split()[0]} {row['dtype']}{mode}"
+
+
+def _ms(ms: float | None) -> str:
+    return "-" if ms is None else f"{ms:.3g}" if ms < 100 else f"{ms:.0f}"
+
+
+def _share(row: dict[str, Any], ms: float | None, values: dict[str, Any]) -> str:
+    """Of the peak that a product of two large matrices reached in the same run."""
+    peak, flops = values.get("tflops"), row.get("encoder_flops")
+    if not (peak and flops and ms) or row["dtype"] == "float32":
+        return "-"
+    return f"{flops / ms / 1e9 / peak:.0%}"
