@@ -212,7 +212,7 @@ def _convolved_body(
     """One program; refs of (tokens, c), (9, c), (c,), (tokens, c). Rows are read once each."""
     _, _, row, column, channel = cut.place(pl.program_id(0))
     kernel = [cut.spread(taps, channel, t) for t in range(TAPS)]
-    bias = cut.spread(bias, channel)
+    first = cut.spread(bias, channel)
     if residual:
         kernel[4] += 1.0
     sums: dict[int, jax.Array] = {}
@@ -222,7 +222,7 @@ def _convolved_body(
             o = r + 1 - dy  # the row that sees this one as its row `dy`
             if 0 <= o < cut.rows:
                 for dx in range(3):
-                    sums[o] = fma(near[dx], kernel[3 * dy + dx], sums.get(o, bias), interpret)
+                    sums[o] = fma(near[dx], kernel[3 * dy + dx], sums.get(o, first), interpret)
         if r >= 1:
             at, of, real = cut.at(row + r - 1, column, channel)
             found = sums.pop(r - 1)

@@ -96,14 +96,14 @@ def _body(
     its share of the three columns around it is added to their sums. The weights come from the
     nearest cache again and again: registers would hold nothing else.
     """
-    (height, width), channels = size, x.shape[1]
+    height, width = size
     strip, segment = div_rem(pl.program_id(0) % (height // ROWS * (width // columns)),
                              width // columns)  # fmt: skip
     first = segment * columns
     shape = ROWS, PART
     row = strip * ROWS + lax.broadcasted_iota(jnp.int32, shape, 0)
     place = [part * PART + lax.broadcasted_iota(jnp.int32, shape, 1)
-             for part in range(channels // PART)]  # fmt: skip
+             for part in range(x.shape[1] // PART)]  # fmt: skip
 
     def number(ref: Any, part: int, *index: int) -> jax.Array:
         of = place[part]
@@ -141,14 +141,13 @@ def _body(
         done, state = advance(column + 1, unroll, state)
         for u in range(unroll):
             sums = [part[u] for part in done]
-            mean = sum(sums[1:], sums[0]).sum(1) / channels
-            sums_ = [part - mean[:, None] for part in sums]
-            squares = [part * part for part in sums_]
-            factor = lax.rsqrt(sum(squares[1:], squares[0]).sum(1) / channels + epsilon)
+            mean = _mean(sums)[:, None]
+            centred = [part - mean for part in sums]
+            factor = lax.rsqrt(_mean([part * part for part in centred]) + epsilon)
             for part, of in enumerate(place):
                 at = row * width + column + u, of
                 plt.store(out.at[at], sums[part].astype(out.dtype))
-                result = fma(sums_[part] * factor[:, None], number(scale, part),
+                result = fma(centred[part] * factor[:, None], number(scale, part),
                              number(shift, part), interpret)  # fmt: skip
                 plt.store(norm.at[at], result.astype(norm.dtype))
         return state
@@ -157,6 +156,11 @@ def _body(
     _, state = advance(first - 1, 1, start)
     _, state = advance(first, 1, state)
     lax.fori_loop(0, columns // unroll, step, state)
+
+
+def _mean(parts: list[jax.Array]) -> jax.Array:
+    """Of each token's channels, in parts."""
+    return functools.reduce(jnp.add, parts).sum(1) / (len(parts) * PART)
 
 
 def _strips(epsilon: float, here: device.Device, x: jax.Array, *shared: jax.Array) -> Any:

@@ -117,7 +117,7 @@ def _body(
     lane = lax.broadcasted_iota(jnp.int32, (COLUMNS,), 0)
     x = block * COLUMNS + lane
     width = plt.load(sizes.at[jnp.int32(1)])
-    start, across = plt.load(first.at[x]), [_row(weights, t, x) for t in range(SEEN)]
+    seen_from, across = plt.load(first.at[x]), [_row(weights, t, x) for t in range(SEEN)]
     level = [plt.load(levels.at[jnp.int32(i)]) for i in range(3)]
     asked = (plt.load(wanted.at[mask]) > 0) & (block * COLUMNS < width)
     steps = asked.astype(jnp.int32) * n
@@ -125,7 +125,7 @@ def _body(
     def resized(row: Any) -> jax.Array:
         """A low-resolution row, across."""
         at = jnp.minimum(row, n - 1) * n
-        seen = (plt.load(low.at[at + jnp.minimum(start + t, n - 1)]) for t in range(SEEN))
+        seen = (plt.load(low.at[at + jnp.minimum(seen_from + t, n - 1)]) for t in range(SEEN))
         terms = [w * each.astype(jnp.float32) for w, each in zip(across, seen, strict=True)]
         return terms[0] + terms[1] + terms[2]
 
@@ -142,8 +142,8 @@ def _body(
             top = jnp.minimum(top, jnp.where(above[1], y, FAR))
             return *counts, top, jnp.minimum(bottom, jnp.where(above[1], -y, FAR))
 
-        ends = (plt.load(begins.at[jnp.asarray(row + i, jnp.int32)]) for i in (0, 1))
-        return middle, lower, *lax.fori_loop(*ends, pixel, tuple(found))
+        start, end = (plt.load(begins.at[jnp.asarray(row + i, jnp.int32)]) for i in (0, 1))
+        return middle, lower, *lax.fori_loop(start, end, pixel, tuple(found))
 
     none, far = jnp.zeros_like(lane), jnp.full_like(lane, FAR)
     state = resized(jnp.int32(0)), resized(jnp.int32(1)), none, none, none, far, far

@@ -46,7 +46,7 @@ def test_what_is_not_wanted_is_left_out(kernel):
 
 
 def test_more_columns_than_a_program_has(kernel):
-    low, rows, columns, full = draw((30, 1000))
+    low, rows, columns, full = draw((200, 1000))
     counts, box = mask_extent(low, np.ones(3, bool), rows, columns, LEVELS)
     assert int(counts[0, 1]) == (full[0] > 0).sum()
     assert int(box[0, 2]) == np.nonzero(full[0] > 0)[1].max() > module.COLUMNS
