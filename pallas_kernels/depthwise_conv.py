@@ -286,5 +286,6 @@ def _call(body: Any, cut: _Cut, here: device.Device, shape: Any, maps: Any, taps
         out_specs=image(shape.shape),
         out_shape=shape,
         compiler_params=plt.CompilerParams(num_warps=COLUMNS * cut.block // 256, num_stages=1),
+        name="depthwise_conv" if taps else "depthwise_conv_sums",
         interpret=here.interpret,
     )(*maps, *taps)

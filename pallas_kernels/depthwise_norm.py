@@ -180,6 +180,7 @@ def _strips(epsilon: float, here: device.Device, x: jax.Array, *shared: jax.Arra
         out_specs=(spec, spec),
         out_shape=(shape, shape),
         compiler_params=plt.CompilerParams(num_warps=ROWS, num_stages=1),
+        name="depthwise_conv_norm",
         interpret=here.interpret,
     )(x.reshape(shape.shape), *shared)  # fmt: skip
     return out.reshape(x.shape), norm.reshape(x.shape)

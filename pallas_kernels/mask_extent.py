@@ -100,6 +100,7 @@ def mask_extent(
         out_specs=pl.BlockSpec((None, None, 8), lambda i: (*div_rem(i, blocks), 0)),
         out_shape=jax.ShapeDtypeStruct((k, blocks, 8), jnp.int32),
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        name="mask_extent",
         interpret=here.interpret,
     )(low.reshape(k, n * n), wanted.astype(jnp.int32), *shared)
     counts, ends = found[..., :3].sum(1), found[..., 3:7].min(1)

@@ -320,6 +320,7 @@ def _tiles_of_map(
         out_specs=_of_prompt(tiles, q, m, c),
         out_shape=jax.ShapeDtypeStruct((b, q, m, c), image.dtype),
         compiler_params=_params(r, stages=1),
+        name="image_to_tokens",
         interpret=here.interpret,
     )(image, rows, *more)
 
@@ -389,5 +390,6 @@ def _parts_of_map(
         out_specs=tuple(of_part(*shape[3:]) for shape in shapes),
         out_shape=tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes),
         compiler_params=_params(r, stages=3),
+        name="tokens_to_image",
         interpret=here.interpret,
     )(image, rows, positions)

@@ -167,5 +167,6 @@ def _tiles(
         out_specs=of_image(count, 16 * m),
         out_shape=jax.ShapeDtypeStruct((b, count, 16 * m), image.dtype),
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        name="upscaled_masks",
         interpret=here.interpret,
     )(image, masks, *shared)

@@ -179,6 +179,7 @@ def _forward(window: int, here: device.Device, qkv: jax.Array, bias: jax.Array) 
         out_specs=head_of(d),
         out_shape=jax.ShapeDtypeStruct((b, tokens, heads, d), qkv.dtype),
         compiler_params=plt.CompilerParams(num_warps=4 if keys <= BLOCK else 8, num_stages=1),
+        name="window_attention",
         interpret=here.interpret,
     )(qkv.reshape(b, tokens, heads, 3, d), bias)
     return out.reshape(b, height, width, heads, d)
