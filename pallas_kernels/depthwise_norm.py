@@ -8,8 +8,9 @@ gradients are asked for, `depthwise_conv` and a plain norm do it.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +87,43 @@ def _run(
     return opaque(run, 1, rule, "b")(x, kernel.reshape(TAPS, -1), *numbers)
 
 
+class _Strip(NamedTuple):
+    """What a program's arrays hold, (ROWS, PART) each.
+
+    Attributes:
+      size: (H, W) of the map.
+      row: of the map.
+      place: channels, of each part.
+    """
+
+    size: tuple[int, int]
+    row: jax.Array
+    place: list[jax.Array]
+
+    @classmethod
+    def of(cls, strip: Any, size: tuple[int, int], channels: int) -> _Strip:
+        """The strip of a number."""
+        rows, lanes = (lax.broadcasted_iota(jnp.int32, (ROWS, PART), axis) for axis in (0, 1))
+        return cls(size, strip * ROWS + rows, [lanes + c for c in range(0, channels, PART)])
+
+    def number(self, ref: Any, part: int, *index: int) -> jax.Array:
+        """Of each channel, in float32."""
+        of = self.place[part]
+        at = *(jnp.full_like(of, i) for i in index), of
+        return plt.load(ref.at[at]).astype(jnp.float32)
+
+    def near(self, x: Any, column: Any) -> list[list[jax.Array]]:
+        """A column's values: of the rows above, here and below, each part."""
+        (height, width), found = self.size, []
+        for dy in (-1, 0, 1):
+            y = self.row + dy
+            real = (y >= 0) & (y < height) & (column >= 0) & (column < width)
+            # Beyond the map: nowhere, since Pallas's interpreter writes masked places back.
+            token = jnp.where(real, y * width + column, height * width)
+            found.append([plt.load(x.at[token, of], mask=real, other=0.0) for of in self.place])
+        return found
+
+
 def _body(
     x: Any, kernel: Any, bias: Any, scale: Any, shift: Any, out: Any, norm: Any, *,
     size: tuple[int, int], columns: int, unroll: int, epsilon: float, interpret: bool,
@@ -96,42 +134,23 @@ def _body(
     its share of the three columns around it is added to their sums. The weights come from the
     nearest cache again and again: registers would hold nothing else.
     """
-    height, width = size
-    strip, segment = div_rem(pl.program_id(0) % (height // ROWS * (width // columns)),
-                             width // columns)  # fmt: skip
-    first = segment * columns
-    shape = ROWS, PART
-    row = strip * ROWS + lax.broadcasted_iota(jnp.int32, shape, 0)
-    place = [part * PART + lax.broadcasted_iota(jnp.int32, shape, 1)
-             for part in range(x.shape[1] // PART)]  # fmt: skip
-
-    def number(ref: Any, part: int, *index: int) -> jax.Array:
-        of = place[part]
-        at = *(jnp.full_like(of, i) for i in index), of
-        return plt.load(ref.at[at]).astype(jnp.float32)
-
-    def load(dy: int, column: Any, part: int) -> jax.Array:
-        y = row + (dy - 1)
-        real = (y >= 0) & (y < height) & (column >= 0) & (column < width)
-        # Beyond the map: nowhere, since Pallas's interpreter writes masked places back.
-        token = jnp.where(real, y * width + column, height * width)
-        return plt.load(x.at[token, place[part]], mask=real, other=0.0)
+    segments = size[1] // columns
+    strip, segment = div_rem(pl.program_id(0) % (size[0] // ROWS * segments), segments)
+    cut, first = _Strip.of(strip, size, x.shape[1]), segment * columns
+    parts = range(len(cut.place))
 
     def advance(column: Any, count: int, state: Any) -> tuple[Any, Any]:
         """Adds `count` columns: what is done, and the sums of the next two, part by part."""
         done, after = [], []
-        near = [[[load(dy, column + u, part) for part in range(len(place))] for dy in range(3)]
-                for u in range(count)]  # fmt: skip
-        for part, known in enumerate(state):
-            start = number(bias, part)
-            sums = [*known, *[start] * count]
-            for dy in range(3):
-                for dx in range(3):
-                    tap = number(kernel, part, 3 * dy + dx)
-                    tap = tap + 1.0 if dy == dx == 1 else tap  # the residual
-                    for u in range(count):
-                        value = near[u][dy][part].astype(jnp.float32)
-                        sums[u + 2 - dx] = fma(value, tap, sums[u + 2 - dx], interpret)
+        near = [cut.near(x, column + u) for u in range(count)]
+        for part, known in zip(parts, state, strict=True):
+            sums = [*known, *[cut.number(bias, part)] * count]
+            for dy, dx in itertools.product(range(3), repeat=2):
+                tap = cut.number(kernel, part, 3 * dy + dx)
+                tap = tap + 1.0 if dy == dx == 1 else tap  # the residual
+                for u in range(count):
+                    value = near[u][dy][part].astype(jnp.float32)
+                    sums[u + 2 - dx] = fma(value, tap, sums[u + 2 - dx], interpret)
             done.append(sums[:count])
             after.append(tuple(sums[count:]))
         return done, tuple(after)
@@ -143,16 +162,16 @@ def _body(
             sums = [part[u] for part in done]
             mean = _mean(sums)[:, None]
             centred = [part - mean for part in sums]
-            factor = lax.rsqrt(_mean([part * part for part in centred]) + epsilon)
-            for part, of in enumerate(place):
-                at = row * width + column + u, of
+            factor = lax.rsqrt(_mean([part * part for part in centred]) + epsilon)[:, None]
+            for part, of in enumerate(cut.place):
+                at = cut.row * size[1] + column + u, of
                 plt.store(out.at[at], sums[part].astype(out.dtype))
-                result = fma(centred[part] * factor[:, None], number(scale, part),
-                             number(shift, part), interpret)  # fmt: skip
+                numbers = cut.number(scale, part), cut.number(shift, part)
+                result = fma(centred[part] * factor, *numbers, interpret)
                 plt.store(norm.at[at], result.astype(norm.dtype))
         return state
 
-    start = tuple((number(bias, part),) * 2 for part in range(len(place)))
+    start = tuple((cut.number(bias, part),) * 2 for part in parts)
     _, state = advance(first - 1, 1, start)
     _, state = advance(first, 1, state)
     lax.fori_loop(0, columns // unroll, step, state)

@@ -178,7 +178,7 @@ def predict_one(
     if mask is not None and mask.shape[0] != 1:
         raise InputError(f"`mask_input` has shape {mask.shape}; expected one mask, (1, h, w).")
     prompts_.check(frame, model.config, *rows, absent=False)
-    prompts = prompts_.assemble(frame, model.config, 1, *rows, absent=False)
+    prompts = prompts_.assemble(frame, model.config, 1, *rows, absent=False, roomy=True)
     one = jax.tree.map(lambda x: x[None], prompts)
     low_res, iou = _decode(flat(model), embedding(), one)
     host = host and prompts_.is_host(*rows) and not isinstance(low_res, Tracer)

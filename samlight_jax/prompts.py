@@ -23,7 +23,7 @@ from samlight_jax.preprocess import Frame
 
 LABELS = (-1, 0, 1, 2, 3)  # pad, background, foreground, a box's top left, its bottom right
 BUCKETS = (8, 32, 128, 512)  # slots; beyond the last, multiples of it
-FEW = 3  # slots of several prompts: with the decoder's own five, the 8 that its kernels take
+FEW = 3  # slots of a point or a box: with the decoder's own five, the 8 that its kernels take
 ABSENT = -1  # of `predict_batch`: a label, a whole box or a whole mask
 
 
@@ -162,10 +162,12 @@ def assemble(
     masks: Any = None,
     *,
     absent: bool,
+    roomy: bool = False,
 ) -> Prompts:
     """Checked prompts (see `check`) of one photograph to `count` rows of padded slots.
 
-    In NumPy if all of them are, else in jnp; then traceable and differentiable.
+    `roomy` gives a point as many slots as seven, so that both share a compilation. In NumPy if all
+    of them are, else in jnp; then traceable and differentiable.
     """
     xp = np if is_host(point_coords, point_labels, boxes, masks) else jnp
     scale = np.array(frame.scale)
@@ -189,7 +191,7 @@ def assemble(
         corners = xp.where(has_box[..., None], boxes.reshape(count, 2, 2), 0) * scale
         kinds = np.array([[2, 3]])
         coords, labels, valid = _append(xp, (coords, labels, valid), corners, kinds, has_box)
-    free = _bucket(labels.shape[1], count) - labels.shape[1]
+    free = _bucket(labels.shape[1], roomy) - labels.shape[1]
     rest = xp.zeros((count, free, 2), xp.float32)
     coords, labels, valid = _append(xp, (coords, labels, valid), rest, -1, ~present[:, None])
 
@@ -208,9 +210,8 @@ def _append(xp: Any, slots: tuple, coords: Any, labels: Any, valid: Any) -> tupl
     return tuple(xp.concatenate([a, b], axis=1) for a, b in zip(slots, more, strict=True))
 
 
-def _bucket(slots: int, count: int) -> int:
-    """Several prompts compile by their number anyhow, and cost what their slots do."""
-    if count > 1 and slots <= FEW:
+def _bucket(slots: int, roomy: bool) -> int:
+    if slots <= FEW and not roomy:
         return FEW
     last = BUCKETS[-1]
     return next((size for size in BUCKETS if slots <= size), -(-slots // last) * last)

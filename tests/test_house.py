@@ -70,7 +70,10 @@ def test_few_modules_know_the_kernels():
         for path in sources("samlight_jax")
         if any(name.startswith("pallas_kernels") for name in imports(path))
     }
-    assert importers == {"attention.py", "layers.py", "mask_decoder.py", "transformer.py"}
+    assert importers == {
+        *("attention.py", "layers.py", "mask_decoder.py", "transformer.py"),
+        "automatic_mask_generator_device.py",
+    }
 
 
 @pytest.mark.parametrize("package", [*MAY_IMPORT, "benchmarks", "demo", "tests"])

@@ -17,7 +17,7 @@ MASK = np.zeros((1, 16, 16))
 def tokens(point_coords=None, point_labels=None, boxes=None, *, absent=False):
     """The (label, x, y) of every valid slot of a single prompt, in photograph pixels."""
     rows = [None if x is None else np.asarray(x)[None] for x in (point_coords, point_labels, boxes)]
-    prompts = assemble(FRAME, TINY, 1, *rows, absent=absent)
+    prompts = assemble(FRAME, TINY, 1, *rows, absent=absent, roomy=True)
     assert prompts.coords.shape[1] in BUCKETS
     valid = prompts.valid[0]
     places = prompts.coords[0][valid] / FRAME.scale
@@ -45,17 +45,18 @@ def test_minus_one_is_a_token_for_predict_and_nothing_for_a_batch():
 @given(st.integers(0, 600))
 def test_any_number_of_points_fits_its_bucket(count):
     coords, labels = np.ones((1, count, 2)), np.ones((1, count))
-    prompts = assemble(FRAME, TINY, 1, coords, labels, absent=False)
+    prompts = assemble(FRAME, TINY, 1, coords, labels, absent=False, roomy=True)
     slots = prompts.coords.shape[1]
     assert slots in BUCKETS or slots % BUCKETS[-1] == 0
     assert prompts.valid.sum() == (count + 1 if count else 0)
     assert slots < 4 * max(count + 3, BUCKETS[0])
 
 
-def test_several_prompts_of_a_point_or_a_box_take_no_more_slots_than_needed():
+def test_a_point_or_a_box_takes_three_slots_unless_there_is_room():
     point, box = np.ones((4, 1, 2)), np.array([[1.0, 1, 9, 9]] * 4)
     for parts in ((point, point[..., 0], None), (None, None, box), (point, point[..., 0], box)):
         assert assemble(FRAME, TINY, 4, *parts, absent=False).valid.shape == (4, FEW)
+        assert assemble(FRAME, TINY, 4, *parts, absent=False, roomy=True).valid.shape == (4, 8)
     two = np.ones((4, 2, 2))
     assert assemble(FRAME, TINY, 4, two, two[..., 0], box, absent=False).valid.shape == (4, 8)
 
