@@ -243,6 +243,7 @@ def _us(us: float) -> str:
 Table = Rows | Callable[[dict[str, Any]], Rows]
 TABLES: tuple[tuple[str, str, Table, str], ...] = (  # page, name of its markers, table, JSON
     ("README.md", "cpu", CPU, "cpu.json"),
+    ("README.md", "automatic", report_compare.automatic, "compare_h200.json"),
     ("docs/preprocessing.md", "preprocessing", PREPROCESSING, "cpu.json"),
     ("README.md", "attention", headlines, "attention_h200.json"),
     ("docs/performance.md", "cpu", CPU, "cpu.json"),
