@@ -14,7 +14,7 @@ test: .venv/.test  ## The tests, in parallel, without those marked slow or gpu
 	$(BIN)/pytest -n auto $(TESTS)
 
 slow: .venv/.test  ## The full-size parity tests
-	$(BIN)/pytest -m "slow and not gpu" $(TESTS)
+	$(BIN)/pytest -n 2 -m "slow and not gpu" $(TESTS)
 
 gpu: .venv/.test  ## The kernels on this machine's GPU
 	$(BIN)/pytest -m gpu $(TESTS)
