@@ -7,21 +7,25 @@ import pytest
 from pallas_kernels import mask_extent as module
 from pallas_kernels.device import Device, assume
 from pallas_kernels.mask_extent import Resize, mask_extent
-from samlight_jax.postprocess import photo_logits, resize_weights
-from samlight_jax.preprocess import Frame
 from tests.pallas_kernels.conftest import INTERPRETED
 
 LEVELS = np.array([1, 0, -1], np.float32)
-SIZES = [(50, 70), (24, 17), (1, 40), (600, 90)]  # of photographs, in a frame of 64 pixels
+SIZES = [(50, 70), (24, 17), (1, 40), (600, 90)]  # of photographs
+
+
+def linear(n, length):
+    """(length, n): each pixel between the two nearest of n, as PyTorch's bilinear places them."""
+    at = np.clip((np.arange(length) + 0.5) * n / length - 0.5, 0, n - 1)
+    return np.maximum(1 - np.abs(at[:, None] - np.arange(n)), 0)
 
 
 def draw(size):
-    """Logits of masks that are everywhere, rare, and nowhere; how they are resized."""
-    frame = Frame(size, 64)
+    """Logits of masks that are everywhere, rare, and nowhere; their resizing by way of 64 pixels."""
     low = np.random.default_rng(0).normal(size=(3, 16, 16)).astype(np.float32)
     low -= np.array([0, 1.5, 9], np.float32)[:, None, None]
-    rows, columns = (Resize.of(matrix, 1024) for matrix in resize_weights(frame, 16))
-    return low, rows, columns, photo_logits(low, frame)
+    matrices = [linear(64, length) @ linear(16, 64) for length in size]
+    rows, columns = (Resize.of(matrix.astype(np.float32), 1024) for matrix in matrices)
+    return low, rows, columns, matrices[0] @ low @ matrices[1].T
 
 
 @pytest.mark.parametrize("size", SIZES)
