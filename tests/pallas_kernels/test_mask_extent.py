@@ -20,7 +20,7 @@ def linear(n, length):
 
 
 def draw(size):
-    """Logits of masks that are everywhere, rare, and nowhere; their resizing by way of 64 pixels."""
+    """Logits of masks that are everywhere, rare, and nowhere; resized by way of 64 pixels."""
     low = np.random.default_rng(0).normal(size=(3, 16, 16)).astype(np.float32)
     low -= np.array([0, 1.5, 9], np.float32)[:, None, None]
     matrices = [linear(64, length) @ linear(16, 64) for length in size]
