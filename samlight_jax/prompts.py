@@ -196,7 +196,7 @@ def assemble(
     coords, labels, valid = _append(xp, (coords, labels, valid), rest, -1, ~present[:, None])
 
     if absent:  # what is there comes first, so that what is not moves no sum by a bit
-        order = xp.argsort(~valid, axis=1, stable=True)
+        order: Any = xp.argsort(~valid, axis=1, stable=True)
         labels, valid = (xp.take_along_axis(x, order, axis=1) for x in (labels, valid))
         coords = xp.take_along_axis(coords, order[..., None], axis=1)
     slots = coords.astype(xp.float32), labels.astype(xp.int32), valid
