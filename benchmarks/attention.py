@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import itertools
 import os
-import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -48,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measures row by row; a run that is cut keeps what it has measured."""
     options = _options(arguments)
     shapes = TINY if options.tiny else {name: SHAPES[name] for name in options.shapes or SHAPES}
-    path = options.output or RESULTS / f"attention_{_slug(jax.devices()[0].device_kind)}.json"
+    path = (
+        options.output or RESULTS / f"attention_{measure.slug(jax.devices()[0].device_kind)}.json"
+    )
     deadline = time.monotonic() + options.time_budget
     report = {
         **measure.machine(),
@@ -99,10 +100,6 @@ def _commit() -> str:
     ask = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     done = subprocess.run(ask, cwd=RESULTS.parent, capture_output=True, text=True, check=False)
     return done.stdout.strip()
-
-
-def _slug(kind: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", kind.lower().removeprefix("nvidia ")).strip("_")
 
 
 def _described(shape: Shape) -> dict[str, Any]:

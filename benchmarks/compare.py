@@ -20,19 +20,15 @@ from typing import Any
 import numpy as np
 import tyro
 
-from benchmarks import compare_automatic, compare_subjects
+from benchmarks import attention, compare_automatic, compare_subjects
+from benchmarks.attention import RESULTS
 from pallas_kernels import measure
 from samlight_jax.errors import InputError, exit_on_error
 
-RESULTS = Path(__file__).parent / "results"
 BATCHES = (1, 16, 64)
 PROMPTS = (1, 16, 256)
 SIDES = (512, 768, 1024, 1536, 2048)
 SPEND = 0.4  # seconds on one figure
-MACHINE = """import json
-from benchmarks.attention import ceilings
-from pallas_kernels import measure
-print(json.dumps(measure.machine() | {{"tflops": ceilings({})["tflops"]}}))"""
 SUBJECTS = (*compare_subjects.SUBJECTS, *compare_automatic.SUBJECTS)
 Row = dict[str, Any]
 
@@ -69,17 +65,22 @@ def _main(options: Options) -> None:
     if unknown := sorted(set(names) - set(SUBJECTS)):
         known = ", ".join(SUBJECTS)
         raise InputError(f"--subjects {' '.join(unknown)}: expected some of {known}.")
-    machine = json.loads(_child(MACHINE.format(512 if options.tiny else 8192)))
-    slug = machine["device"].lower().split()[-1]
-    path = options.output or RESULTS / f"compare_{slug}.json"
-    report = {**machine, "rows": {}}
-    if path.exists() and (before := json.loads(path.read_text()))["device"] == machine["device"]:
+    here = json.loads(_child("import json; from benchmarks import compare; "
+                                f"print(json.dumps(compare.machine({options.tiny})))"))  # fmt: skip
+    path = options.output or RESULTS / f"compare_{measure.slug(here['device'])}.json"
+    report = {**here, "rows": {}}
+    if path.exists() and (before := json.loads(path.read_text()))["device"] == here["device"]:
         report["rows"] = before["rows"]
     for name in names:
         report["rows"][name] = row = _row(name, options)
         report["rows"] = {each: report["rows"][each] for each in SUBJECTS if each in report["rows"]}
         measure.write_json(path, report)
         print(f"{name}: {row.get('failed') or _line(row)}", flush=True)
+
+
+def machine(tiny: bool) -> dict[str, Any]:
+    """This machine, and the TFLOP/s of a large product on its device."""
+    return measure.machine() | {"tflops": attention.ceilings(512 if tiny else 8192)["tflops"]}
 
 
 def _measured(name: str, *, tiny: bool) -> Row:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import tyro
 
-from benchmarks.compare import RESULTS
+from benchmarks.attention import RESULTS
 from benchmarks.compare_subjects import Ours
 from pallas_kernels import measure
 from samlight_jax.errors import InputError, exit_on_error
@@ -58,10 +58,10 @@ def _main(options: Options) -> None:
         raise InputError(f"This machine's device is a {jax.default_backend()}; expected a GPU.")
     subject = Ours("samlight_t", "bfloat16", tiny=False)
     report: dict[str, Any] = {**measure.machine(), "calls": {}}
-    device = report["device"].lower().split()[-1]
+    path = options.output or RESULTS / f"profile_{measure.slug(report['device'])}.json"
     for name in names:
         report["calls"][name] = row = traced(CALLS[name](subject), subject.wait)
-        measure.write_json(options.output or RESULTS / f"profile_{device}.json", report)
+        measure.write_json(path, report)
         print(f"{name}: {sum(us for _, us in row.values()):.0f} us in {len(row)} kinds of kernels")
 
 

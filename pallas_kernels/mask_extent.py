@@ -1,7 +1,7 @@
 """How large masks are and where they lie, at a photograph's resolution, without making them.
 
-A Triton kernel (through Pallas, sm80 and later) resizes the logits of a column of pixels after the
-other in registers and keeps counts and borders alone.
+A Triton kernel (through Pallas, sm80 and later) resizes the logits row after row in registers and
+keeps counts and borders alone.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ class Resize(NamedTuple):
         )
 
 
-def unsupported(low: jax.Array) -> str | None:
-    """One sentence that says why the kernel would not do, or None."""
-    return triton.missing(low.dtype)
+def unsupported(dtype: Any) -> str | None:
+    """One sentence that says why the kernel of logits of a dtype would not do, or None."""
+    return triton.missing(dtype)
 
 
 def mask_extent(
@@ -86,7 +86,7 @@ def mask_extent(
     Raises:
       ValueError: no such device; see `unsupported`.
     """
-    if (reason := unsupported(low)) is not None:
+    if (reason := unsupported(low.dtype)) is not None:
         raise ValueError(f"mask_extent {reason}")
     k, n, _ = low.shape
     blocks, here = columns.first.shape[0] // COLUMNS, device.current()

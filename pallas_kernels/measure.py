@@ -8,6 +8,7 @@ of microseconds, more than a small kernel.
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import tempfile
 import time
@@ -142,6 +143,11 @@ def machine() -> dict[str, str]:
         "platform": " ".join(device.client.platform_version.split()),
         "driver": driver[0] if driver else "",
     }
+
+
+def slug(kind: str) -> str:
+    """A device in the name of its JSON file."""
+    return re.sub(r"[^a-z0-9]+", "_", kind.lower().removeprefix("nvidia ")).strip("_")
 
 
 def write_json(path: Path, value: Any) -> None:

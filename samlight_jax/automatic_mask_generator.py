@@ -195,7 +195,6 @@ class SamAutomaticMaskGenerator:
             )
 
     def _measure(self, crop: Crop, embedding: jax.Array) -> on.Measured:
-        height, width = crop.frame.original
         limits = on.Limits(
             np.float32(self.pred_iou_thresh),
             np.float32(self.stability_score_thresh),
@@ -203,12 +202,11 @@ class SamAutomaticMaskGenerator:
             np.array(crop.box, np.int32),
             np.array((0, 0, *crop.size[::-1]), np.int32),
         )
-        axes = on.axes(crop.frame, (0, 0, width, height), crop.frame.original)
-        given = (*axes, limits, on.resizes(crop.frame))
-        rows, columns, limits, kernel = jax.device_put(given)  # once for all batches
+        given = (*on.measures(crop.frame), limits)
+        rows, columns, limits = jax.device_put(given)  # once for all batches
         points = self._frame_points(crop)
         batches = [
-            on.measure(self._parts, embedding, batch, rows, columns, limits, kernel)
+            on.measure(self._parts, embedding, batch, rows, columns, limits)
             for batch in _batches(points, self._batch)
         ]
         return on.Measured(*zip(*batches, strict=True))

@@ -98,10 +98,17 @@ def _padded(length: int) -> int:
 
 @functools.lru_cache(maxsize=16)
 def resizes(frame: Frame) -> tuple[Resize, Resize] | None:
-    """Rows and columns of a crop as the kernel takes them; None where it does not."""
+    """Rows and columns of a crop by itself as the kernel takes them; None where it does not."""
     padded = TILE * _padded(max(frame.original))
     rows, columns = (Resize.of(matrix, padded) for matrix in _matrices(frame))
     return None if rows is None or columns is None else (rows, columns)
+
+
+def measures(frame: Frame) -> tuple[Axis, Axis] | tuple[Resize, Resize]:
+    """Rows and columns of a crop by itself, for `measure`: the kernel's where it runs, or tiles."""
+    found = resizes(frame) if unsupported(np.float32) is None else None
+    height, width = frame.original
+    return found or axes(frame, (0, 0, width, height), frame.original)
 
 
 def _placed(matrix: np.ndarray, start: int, total: int) -> np.ndarray:
@@ -216,23 +223,22 @@ def measure(
     model: Sam,
     embedding: Float[Array, "h w 256"],
     points: Float[Array, "p 2"],
-    rows: Axis,
-    columns: Axis,
+    rows: Any,
+    columns: Any,
     limits: Limits,
-    kernel: tuple[Resize, Resize] | None = None,
 ) -> Measured:
     """Decodes one batch of points and measures those of its masks whose predicted IoU passes.
 
     SAM's order: predicted IoU, stability score, box, crop's edge. A threshold of 0 or less passes
-    everything but NaN; the stability score of a mask that is empty at both levels is 0.
-    `kernel` is `resizes` of the frame, where a kernel may measure.
+    everything but NaN; the stability score of a mask that is empty at both levels is 0. Rows and
+    columns are those of `measures`.
     """
     low, iou = _decode(model, embedding, points)
     low, iou = low.reshape(-1, *low.shape[2:]), iou.reshape(-1)
     passed = jnp.isfinite(iou) & ((iou > limits.iou) | (limits.iou <= 0))
-    if kernel is not None and unsupported(low) is None:
-        levels = MASK_THRESHOLD + jnp.stack([limits.offset, 0 * limits.offset, -limits.offset])
-        counts, box = mask_extent(low, passed, *kernel, levels)
+    if isinstance(rows, Resize):
+        levels = MASK_THRESHOLD + limits.offset * jnp.array([1.0, 0, -1])
+        counts, box = mask_extent(low, passed, rows, columns, levels)
         stability = counts[:, 0] / jnp.maximum(counts[:, 2], 1)
     else:
         stability, box = _measure_passed(low, passed, rows, columns, limits.offset)

@@ -106,11 +106,11 @@ class DepthwiseConv(nnx.Module):
         self, x: Float[Array, "b h w c"], norm: nnx.LayerNorm
     ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
         """The convolution of `x` and `x` itself, and the norm of both together."""
-        kernel = self.kernel[:, :, 0]
-        if self.bias is None or depthwise_norm.unsupported(x, kernel) is not None:
+        kernel, *numbers = weights_of(self, norm)
+        kernel = kernel[:, :, 0]
+        if depthwise_norm.unsupported(x, kernel) is not None:
             y = self(x, residual=True)
             return y, norm(y)
-        numbers = self.bias[...], *weights_of(norm)
         return depthwise_norm.depthwise_conv_norm(x, kernel, *numbers, epsilon=norm.epsilon)
 
 

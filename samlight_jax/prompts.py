@@ -22,8 +22,9 @@ from samlight_jax.postprocess import LOW_RES
 from samlight_jax.preprocess import Frame
 
 LABELS = (-1, 0, 1, 2, 3)  # pad, background, foreground, a box's top left, its bottom right
-BUCKETS = (8, 32, 128, 512)  # slots; beyond the last, multiples of it
-FEW = 3  # slots of a point or a box: with the decoder's own five, the 8 that its kernels take
+# Slots; beyond the last, multiples of it. With the decoder's own five, 3 are the 8 that its kernels
+# take: a point, a box, or both.
+BUCKETS = (3, 8, 32, 128, 512)
 ABSENT = -1  # of `predict_batch`: a label, a whole box or a whole mask
 
 
@@ -215,10 +216,8 @@ def _append(xp: Any, slots: tuple, coords: Any, labels: Any, valid: Any) -> tupl
 
 
 def _bucket(slots: int, roomy: bool) -> int:
-    if slots <= FEW and not roomy:
-        return FEW
     last = BUCKETS[-1]
-    return next((size for size in BUCKETS if slots <= size), -(-slots // last) * last)
+    return next((size for size in BUCKETS[roomy:] if slots <= size), -(-slots // last) * last)
 
 
 def mask_to_input(mask: Any, *, image_size: int = 1024) -> np.ndarray:

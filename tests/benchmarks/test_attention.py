@@ -98,10 +98,3 @@ def test_floor_of_a_shape_bound_by_memory_and_of_one_by_arithmetic():
     assert both["floor_us"] == pytest.approx(3.5 * forward["floor_us"], 1e-3)
     assert forward["tflops"] == pytest.approx(4 * numbers * 4096 / 1e8, 1e-3)
     assert forward["peak_share"] == pytest.approx(forward["tflops"] / 800, 1e-3)
-
-
-@pytest.mark.parametrize(
-    ("kind", "slug"), [("NVIDIA H200", "h200"), ("TPU v5 lite", "tpu_v5_lite")]
-)
-def test_the_file_is_named_after_the_device(kind, slug):
-    assert attention._slug(kind) == slug

@@ -9,8 +9,9 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import depthwise_norm
 from pallas_kernels.depthwise_norm import depthwise_conv_norm
-from tests.pallas_kernels.conftest import INTERPRETED, assume, on_four_devices
-from tests.pallas_kernels.test_depthwise_conv import oracle
+from pallas_kernels.device import assume
+from tests.pallas_kernels import test_depthwise_conv
+from tests.pallas_kernels.conftest import INTERPRETED, on_four_devices
 
 EPSILON = 1e-6
 CASES = {  # (b, H, W, c), dtype, error
@@ -21,10 +22,9 @@ CASES = {  # (b, H, W, c), dtype, error
 
 
 def draw(shape, dtype, seed=0):
-    random = np.random.default_rng(seed)
-    c = shape[-1]
-    shapes = shape, (3, 3, c), (c,), (c,), (c,)
-    return tuple(jnp.asarray(random.normal(size=s), dtype) for s in shapes)
+    """As of the convolution, and the norm's scale and shift: other draws' biases."""
+    scale, shift = (test_depthwise_conv.draw(shape, dtype, seed + i)[2] for i in (10, 20))
+    return *test_depthwise_conv.draw(shape, dtype, seed), scale, shift
 
 
 def run(*arrays):
@@ -38,7 +38,7 @@ def test_both_results_are_their_definitions(kernel, case):
     assert depthwise_norm.unsupported(*arrays[:2]) is None
     total, norm = jax.jit(run)(*arrays)
     assert total.dtype == norm.dtype == dtype
-    want = oracle(arrays[:3], True)
+    want = test_depthwise_conv.oracle(arrays[:3], True)
     np.testing.assert_allclose(np.asarray(total).astype(float), want, atol=error)
     scale, shift = (np.asarray(x).astype(float) for x in arrays[3:])
     want = (want - want.mean(-1, keepdims=True)) / np.sqrt(want.var(-1, keepdims=True) + EPSILON)

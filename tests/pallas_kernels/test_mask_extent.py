@@ -70,4 +70,4 @@ def test_without_a_gpu_it_says_so():
     with assume(Device("cpu", "cpu", None)), pytest.raises(ValueError, match="NVIDIA GPU"):
         mask_extent(low, np.ones(3, bool), *given, LEVELS)
     with assume(INTERPRETED):
-        assert module.unsupported(low) is None
+        assert module.unsupported(low.dtype) is None

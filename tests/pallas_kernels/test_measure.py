@@ -89,3 +89,10 @@ def test_refusals_are_the_chain_s():
     shape = Shape(batch=1, size=(4, 4), segment=(4, 4), heads=1, head_dim=8)
     found = measure.refusals(shape)
     assert list(found) == list(chain.CHAIN) and found["reference"] is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "slug"), [("NVIDIA H200", "h200"), ("TPU v5 lite", "tpu_v5_lite")]
+)
+def test_the_file_is_named_after_the_device(kind, slug):
+    assert measure.slug(kind) == slug

@@ -64,13 +64,14 @@ def test_the_kernel_measures_as_the_tiles_do():
     whole = (0, 0, *size[::-1])
     levels = np.float32(0), np.float32(0), np.float32(0.1)
     limits = on.Limits(*levels, *[np.array(whole, np.int32)] * 2)
-    given = *on.axes(frame, whole, size), limits
     embedding = np.random.default_rng(0).normal(size=(SIDE // 16, SIDE // 16, 256))
     points = np.array([[5, 6], [40, 20], [60, 30]], np.float32)
     start = flat(random_model()), embedding.astype(np.float32), points
-    tiles = on.measure(*start, *given)
+    tiles = on.measure(*start, *on.measures(frame), limits)
     with assume(INTERPRETED):
-        kernel = on.measure(*start, *given, on.resizes(frame))
+        resizes = on.measures(frame)
+        assert all(isinstance(each, on.Resize) for each in resizes)
+        kernel = on.measure(*start, *resizes, limits)
     assert len(set(np.array(tiles.stability).tolist())) > 3 and np.array(tiles.box).any()
     np.testing.assert_allclose(kernel.stability, tiles.stability, atol=1e-3)
     np.testing.assert_array_equal(kernel.box, tiles.box)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from samlight_jax import InputError, mask_to_input
 from samlight_jax.preprocess import Frame
-from samlight_jax.prompts import BUCKETS, FEW, assemble
+from samlight_jax.prompts import BUCKETS, assemble
 from tests.models import TINY
 
 FRAME = Frame((40, 60), TINY.image_size)
@@ -55,7 +55,7 @@ def test_any_number_of_points_fits_its_bucket(count):
 def test_a_point_or_a_box_takes_three_slots_unless_there_is_room():
     point, box = np.ones((4, 1, 2)), np.array([[1.0, 1, 9, 9]] * 4)
     for parts in ((point, point[..., 0], None), (None, None, box), (point, point[..., 0], box)):
-        assert assemble(FRAME, TINY, 4, *parts, absent=False).valid.shape == (4, FEW)
+        assert assemble(FRAME, TINY, 4, *parts, absent=False).valid.shape == (4, 3)
         assert assemble(FRAME, TINY, 4, *parts, absent=False, roomy=True).valid.shape == (4, 8)
     two = np.ones((4, 2, 2))
     assert assemble(FRAME, TINY, 4, two, two[..., 0], box, absent=False).valid.shape == (4, 8)
