@@ -69,13 +69,13 @@ class Ours:
         """Until the last call has ended."""
         self.jax.block_until_ready(self.result)
 
-    def _call(self, function: Any, model: Any, *args: Any) -> Call:
-        """A call of a jitted function of a model and more."""
-        from samlight_jax.flat import flat
-
-        run, given = self._jit(function), flat(model)
+    def _call(self, function: Any, given: Any, *args: Any) -> Call:
+        """A call of a jitted function of a model's arrays and more."""
+        run = self._jit(function)
 
         def call() -> None:
+            # While an earlier result is kept, the next lies elsewhere, and XLA rewrites its graphs.
+            self.result = None
             self.result = run(given, *args)
 
         return call
@@ -89,16 +89,18 @@ class Ours:
 
     def encoder(self, batch: int, side: int) -> Call:
         """A call that encodes a batch of normalised squares."""
+        from samlight_jax.flat import ENCODER, flat
+
         model = self.model if side == self.side else self._cast(self._built(side))
         pixels = self.jax.numpy.zeros((batch, side, side, 3), self.dtype)
-        return self._call(_embed, model, pixels)
+        return self._call(_embed, flat(model, ENCODER), pixels)
 
     def memory_mib(self) -> float:
         """Of the encoder of one image: arguments, result and what lies between, as compiled."""
-        from samlight_jax.flat import flat
+        from samlight_jax.flat import ENCODER, flat
 
         pixels = self.jax.numpy.zeros((1, self.side, self.side, 3), self.dtype)
-        compiled = self._jit(_embed).lower(flat(self.model), pixels).compile()
+        compiled = self._jit(_embed).lower(flat(self.model, ENCODER), pixels).compile()
         sizes = compiled.memory_analysis()
         parts = sizes.argument_size_in_bytes, sizes.output_size_in_bytes, sizes.temp_size_in_bytes
         return round(sum(parts) / 2**20, 1)
@@ -137,6 +139,7 @@ class Ours:
     def predict(self, prompts: int) -> Call:
         """From a uint8 image on the device to masks there, with boxes."""
         import samlight_jax
+        from samlight_jax.flat import flat
 
         jnp = self.jax.numpy
         image, boxes = jnp.asarray(IMAGE), jnp.asarray(np.tile(BOX, (1, prompts, 1)))
@@ -146,11 +149,12 @@ class Ours:
                 image[None], boxes=boxes, multimask_output=False, model=model
             )[:2]
 
-        return self._call(run, self.model, image, boxes)
+        return self._call(run, flat(self.model), image, boxes)
 
     def prompts(self, prompts: int) -> Call:
         """Low-resolution masks of boxes on an embedding that is there."""
         from samlight_jax import prompts as prompts_
+        from samlight_jax.flat import DECODER, flat
         from samlight_jax.preprocess import Frame
 
         jnp, config = self.jax.numpy, self.model.config
@@ -161,7 +165,8 @@ class Ours:
             prompts_.assemble(frame, config, prompts, None, None, boxes, None, absent=False),
         )
         embedding = jnp.zeros((config.grid, config.grid, 256), self.dtype)
-        return self._call(lambda model, *args: model.decode(*args), self.model, embedding, given)
+        parts = flat(self.model, DECODER)
+        return self._call(lambda model, *args: model.decode(*args), parts, embedding, given)
 
 
 def _embed(model: Any, pixels: Any) -> Any:

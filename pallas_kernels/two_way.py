@@ -23,7 +23,7 @@ from pallas_kernels.dilated_attention import triton
 from pallas_kernels.dilated_attention.triton_kernels import LOG2E, LOWEST, div_rem, dot, plt
 from pallas_kernels.opaque import opaque
 
-BLOCK = 64  # tokens of the map that a program of `image_to_tokens` holds
+BLOCK = 64  # tokens of the map that a program holds, or twice as many
 STEP = 32  # that one of `tokens_to_image` goes on by
 ROWS = 128  # heads times a prompt's tokens, at most
 BUSY = 256  # programs that fill a device
@@ -244,17 +244,23 @@ def _filled(x: jax.Array, rows: int, value: float = 0.0) -> jax.Array:
     return jnp.pad(x, more, constant_values=value)
 
 
+def tokens_at_once(tokens: int, maps: int) -> int:
+    """Of a map, those that a program holds: with twice as many, weights are read half as often."""
+    several = tokens % (2 * BLOCK) == 0 and tokens * maps >= 2 * BLOCK * BUSY
+    return 2 * BLOCK if several else BLOCK
+
+
 def _to_tokens_body(
     image: Any, rows: Any, answers: Any, extra: Any, positions: Any, numbers: Any, out: Any, *,
-    heads: int, epsilon: float, interpret: bool,
+    heads: int, epsilon: float, block: int, interpret: bool,
 ) -> None:  # fmt: skip
     """One tile of the map for one prompt; refs of (m, c), (r, c) twice, (r,), (m, c), (3, c)."""
-    tile = pl.ds(pl.program_id(0) % (image.shape[0] // BLOCK) * BLOCK, BLOCK)
+    tile = pl.ds(pl.program_id(0) % (image.shape[0] // block) * block, block)
     x = plt.load(image.at[tile])
     scores = dot(x + plt.load(positions.at[tile]), rows[...].T, interpret) + extra[...][None]
-    scores = scores.reshape(BLOCK, -1, heads)
+    scores = scores.reshape(block, -1, heads)
     found = jnp.exp2(scores - scores.max(1)[:, None])
-    found = (found / found.sum(1)[:, None]).reshape(BLOCK, -1)
+    found = (found / found.sum(1)[:, None]).reshape(block, -1)
     bias, scale, shift = (plt.load(numbers.at[pl.ds(i, 1)]).astype(jnp.float32) for i in range(3))
     y = dot(found.astype(x.dtype), answers[...], interpret) + bias + x.astype(jnp.float32)
     plt.store(out.at[tile], normed(y, scale, shift, epsilon).astype(out.dtype))
@@ -305,10 +311,12 @@ def _tiles_of_map(
     heads: int, epsilon: float, here: device.Device, image: jax.Array, rows: jax.Array, *more: Any
 ) -> jax.Array:
     (b, m, c), (_, q, r, _) = image.shape, rows.shape
-    tiles = m // BLOCK
+    block = tokens_at_once(m, b * q)
+    tiles = m // block
+    options = {"heads": heads, "epsilon": epsilon, "block": block, "interpret": here.interpret}
 
     return pl.pallas_call(
-        functools.partial(_to_tokens_body, heads=heads, epsilon=epsilon, interpret=here.interpret),
+        functools.partial(_to_tokens_body, **options),
         grid=(b * q * tiles,),
         in_specs=[
             _of_image(tiles * q, m, c),
@@ -319,7 +327,7 @@ def _tiles_of_map(
         ],
         out_specs=_of_prompt(tiles, q, m, c),
         out_shape=jax.ShapeDtypeStruct((b, q, m, c), image.dtype),
-        compiler_params=_params(r, stages=1),
+        compiler_params=_params(max(r, block), stages=1),
         name="image_to_tokens",
         interpret=here.interpret,
     )(image, rows, *more)

@@ -29,7 +29,7 @@ from samlight_jax.automatic_mask_generator_masks import (
 )
 from samlight_jax.build_sam import default_model
 from samlight_jax.errors import InputError
-from samlight_jax.flat import flat
+from samlight_jax.flat import DECODER, ENCODER, flat
 from samlight_jax.pipeline import ModelLike
 from samlight_jax.preprocess import ImageLike, as_array
 
@@ -124,7 +124,7 @@ class SamAutomaticMaskGenerator:
         self.crop_overlap_ratio = crop_overlap_ratio
         self.min_mask_region_area = min_mask_region_area
         self.output_mode = output_mode
-        self._parts = flat(self.model)
+        self._encoder, self._decoder = (flat(self.model, part) for part in (ENCODER, DECODER))
         self._batch = min(points_per_batch, max(map(len, self.point_grids)))
 
     def generate(self, image: ImageLike, image_format: str = "RGB") -> list[dict[str, Any]]:
@@ -177,7 +177,7 @@ class SamAutomaticMaskGenerator:
             for i, crop in enumerate(crops):
                 height, width = inputs[i] = crop.frame.input
                 pixels[i, :height, :width] = crop.pixels
-            embeddings = on.encode(self._parts, pixels, inputs)
+            embeddings = on.encode(self._encoder, pixels, inputs)
             for crop, embedding in zip(crops, embeddings, strict=False):
                 yield crop, embedding, self._measure(crop, embedding)
 
@@ -206,7 +206,7 @@ class SamAutomaticMaskGenerator:
         rows, columns, limits = jax.device_put(given)  # once for all batches
         points = self._frame_points(crop)
         batches = [
-            on.measure(self._parts, embedding, batch, rows, columns, limits)
+            on.measure(self._decoder, embedding, batch, rows, columns, limits)
             for batch in _batches(points, self._batch)
         ]
         return on.Measured(*zip(*batches, strict=True))
@@ -255,7 +255,7 @@ class SamAutomaticMaskGenerator:
         for start, batch, which in zip(
             starts, _batches(points, size), _batches(masks % MASKS, size), strict=True
         ):
-            low = on.decode_chosen(self._parts, embedding, batch, which)
+            low = on.decode_chosen(self._decoder, embedding, batch, which)
             collected = runs.Runs(min(size, len(masks) - start), crop.size)
             stripes = ((x, [on.tile_bits(low, rows, columns, y, x) for y in down]) for x in across)
             for x, tiles in _one_ahead(stripes):

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from samlight_jax.attention import Attention
 from samlight_jax.config import PATCH, Pattern, SamConfig, ViTConfig
-from samlight_jax.layers import ConvNorm, DepthwiseConv, Mlp, Neck, PatchConv, gelu, layer_norm
+from samlight_jax.layers import ConvNorm, DepthwiseConv, Mlp, Neck, PatchConv, layer_norm
 
 
 class PatchEmbed(nnx.Module):
@@ -37,7 +37,7 @@ class ConvStem(nnx.Module):
         self.proj = nnx.Conv(128, width, (3, 3), strides=2, padding=1, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b y x 3"]) -> Float[Array, "b h w c"]:
-        return self.proj(gelu(self.conv2(gelu(self.conv1(x)))))
+        return self.proj(self.conv2(self.conv1(x, activate=True), activate=True))
 
 
 class Block(nnx.Module):

@@ -21,7 +21,7 @@ from samlight_jax import prompts as prompts_
 from samlight_jax.build_sam import default_model
 from samlight_jax.config import EMBEDDING
 from samlight_jax.errors import InputError
-from samlight_jax.flat import Flat, flat
+from samlight_jax.flat import DECODER, ENCODER, Flat, flat
 from samlight_jax.postprocess import MASK_THRESHOLD, photo_logits
 from samlight_jax.preprocess import Frame, ImageLike, as_array, device_pixels, host_pixels
 from samlight_jax.prompts import Prompts
@@ -50,7 +50,7 @@ def _decode(model: Flat, embeddings: Any, prompts: Prompts) -> tuple[jax.Array, 
 def embed(image: Any, model: Sam) -> tuple[jax.Array, Frame]:
     """An image of `as_array` to its (1, h, w, 256) embedding and its geometry."""
     frame = _frame(image, model)
-    return _encode(flat(model), _pixels(image, frame)[None]), frame
+    return _encode(flat(model, ENCODER), _pixels(image, frame)[None]), frame
 
 
 def _pixels(image: Any, frame: Frame) -> Any:
@@ -86,7 +86,9 @@ def encode(
     model = default_model(model)
     array = as_array(image, image_format)
     pixels = _pixels(array, _frame(array, model))
-    return jax.tree.map(lambda x: x[0], _encode(flat(model), pixels[None], return_features))
+    return jax.tree.map(
+        lambda x: x[0], _encode(flat(model, ENCODER), pixels[None], return_features)
+    )
 
 
 def predict(
@@ -180,7 +182,7 @@ def predict_one(
     prompts_.check(frame, model.config, *rows, absent=False)
     prompts = prompts_.assemble(frame, model.config, 1, *rows, absent=False, roomy=True)
     one = jax.tree.map(lambda x: x[None], prompts)
-    low_res, iou = _decode(flat(model), embedding(), one)
+    low_res, iou = _decode(flat(model, DECODER), embedding(), one)
     host = host and prompts_.is_host(*rows) and not isinstance(low_res, Tracer)
     return _finish(low_res[0, 0], iou[0, 0], frame, host, multimask_output, return_logits)
 
@@ -277,7 +279,7 @@ def predict_batch(
 
     def embeddings() -> jax.Array:
         pixels = [_pixels(array, frame) for array, frame in zip(arrays, frames, strict=True)]
-        return _encode(flat(model), (np if host else jnp).stack(pixels))
+        return _encode(flat(model, ENCODER), (np if host else jnp).stack(pixels))
 
     masks, iou, low_res = predict_many(
         model,
@@ -309,7 +311,7 @@ def predict_many(
     host = host and prompts_.is_host(*given)
     padded = 1 << (count - 1).bit_length() if host else count  # few compilations
     prompts = _batch_prompts(model, frames, given, count, padded)
-    low_res, iou = _decode(flat(model), embeddings(), prompts)
+    low_res, iou = _decode(flat(model, DECODER), embeddings(), prompts)
     host = host and not isinstance(low_res, Tracer)
     # A row without any prompt is padding: no mask, and no faith in it.
     xp = np if host else jnp

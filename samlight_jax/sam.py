@@ -46,7 +46,7 @@ class Sam(nnx.Module):
         self, pixels: Float[Array, "b y x 3"]
     ) -> tuple[Float[Array, "b h w 256"], dict[str, Array]]:
         """Normalised, padded pixels to (image embedding, encoder features by name)."""
-        return self.image_encoder(pixels.astype(self.dtype))
+        return self.image_encoder(pixels.astype(self.image_encoder.neck.conv1.kernel.dtype))
 
     def decode(
         self, embedding: Float[Array, "h w 256"], prompts: Prompts
