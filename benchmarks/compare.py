@@ -72,7 +72,7 @@ def _main(options: Options) -> None:
     if path.exists() and (before := json.loads(path.read_text()))["device"] == here["device"]:
         report["rows"] = before["rows"]
     for name in names:
-        report["rows"][name] = row = _row(name, options)
+        report["rows"][name] = row = {"date": here["date"], **_row(name, options)}
         report["rows"] = {each: report["rows"][each] for each in SUBJECTS if each in report["rows"]}
         measure.write_json(path, report)
         print(f"{name}: {row.get('failed') or _line(row)}", flush=True)
@@ -138,7 +138,7 @@ def measured(subject: Any, *, tiny: bool = False) -> Row:
         calls = {n: call for n in (PROMPTS[:2] if tiny else PROMPTS) if (call := make(n))}
         row[key] = {n: timed(latency, call) for n, call in calls.items()}
     row["side_ms"] = {}
-    for other in (side, 2 * side) if tiny else SIDES:
+    for other in ((side, 2 * side) if tiny else SIDES) if subject.grows else ():
         if (call := subject.encoder(1, other)) is not None:
             row["side_ms"][other] = timed(throughput, call)
     return row

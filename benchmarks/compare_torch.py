@@ -28,6 +28,7 @@ class Torch:
         self.torch, self.name, self.mode, self.dtype = torch, name, mode, dtype
         self.side, self.exhausted = TINY_SIDE if tiny else SIDE, torch.OutOfMemoryError
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.grows = mode != "compile"  # measured at other sides too
         self.exact = self._built(self.side)
         self.model = self._cast(self._built(self.side))
 
@@ -57,7 +58,7 @@ class Torch:
     def encoder(self, batch: int, side: int) -> Call | None:
         """A call that encodes a batch of normalised squares; few are worth a compilation."""
         torch = self.torch
-        if self.mode == "compile" and (side != self.side or batch > MOST_COMPILED):
+        if self.mode == "compile" and batch > MOST_COMPILED:
             return None
         model = self.model if side == self.side else self._cast(self._built(side))
         pixels = torch.zeros(batch, 3, side, side, dtype=model.image_encoder.neck[0].weight.dtype)

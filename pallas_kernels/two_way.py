@@ -23,8 +23,8 @@ from pallas_kernels.dilated_attention import triton
 from pallas_kernels.dilated_attention.triton_kernels import LOG2E, LOWEST, div_rem, dot, plt
 from pallas_kernels.opaque import opaque
 
-BLOCK = 64  # tokens of the map that a program holds, or twice as many
-STEP = 32  # that one of `tokens_to_image` goes on by
+BLOCK = 64  # tokens of the map that a program of `image_to_tokens` holds
+STEP = 64  # that one of `tokens_to_image` goes on by
 ROWS = 128  # heads times a prompt's tokens, at most
 BUSY = 256  # programs that fill a device
 
@@ -244,23 +244,17 @@ def _filled(x: jax.Array, rows: int, value: float = 0.0) -> jax.Array:
     return jnp.pad(x, more, constant_values=value)
 
 
-def tokens_at_once(tokens: int, maps: int) -> int:
-    """Of a map, those that a program holds: with twice as many, weights are read half as often."""
-    several = tokens % (2 * BLOCK) == 0 and tokens * maps >= 2 * BLOCK * BUSY
-    return 2 * BLOCK if several else BLOCK
-
-
 def _to_tokens_body(
     image: Any, rows: Any, answers: Any, extra: Any, positions: Any, numbers: Any, out: Any, *,
-    heads: int, epsilon: float, block: int, interpret: bool,
+    heads: int, epsilon: float, interpret: bool,
 ) -> None:  # fmt: skip
     """One tile of the map for one prompt; refs of (m, c), (r, c) twice, (r,), (m, c), (3, c)."""
-    tile = pl.ds(pl.program_id(0) % (image.shape[0] // block) * block, block)
+    tile = pl.ds(pl.program_id(0) % (image.shape[0] // BLOCK) * BLOCK, BLOCK)
     x = plt.load(image.at[tile])
     scores = dot(x + plt.load(positions.at[tile]), rows[...].T, interpret) + extra[...][None]
-    scores = scores.reshape(block, -1, heads)
+    scores = scores.reshape(BLOCK, -1, heads)
     found = jnp.exp2(scores - scores.max(1)[:, None])
-    found = (found / found.sum(1)[:, None]).reshape(block, -1)
+    found = (found / found.sum(1)[:, None]).reshape(BLOCK, -1)
     bias, scale, shift = (plt.load(numbers.at[pl.ds(i, 1)]).astype(jnp.float32) for i in range(3))
     y = dot(found.astype(x.dtype), answers[...], interpret) + bias + x.astype(jnp.float32)
     plt.store(out.at[tile], normed(y, scale, shift, epsilon).astype(out.dtype))
@@ -302,21 +296,19 @@ def _of_prompt(programs: int, prompts: int, *shape: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, None, *shape), index)
 
 
-def _params(rows: int, stages: int) -> Any:
+def _params(rows: int) -> Any:
     """A warp holds 16 rows of sums."""
-    return plt.CompilerParams(num_warps=max(rows // 16, 4), num_stages=stages)
+    return plt.CompilerParams(num_warps=max(rows // 16, 4), num_stages=1)
 
 
 def _tiles_of_map(
     heads: int, epsilon: float, here: device.Device, image: jax.Array, rows: jax.Array, *more: Any
 ) -> jax.Array:
     (b, m, c), (_, q, r, _) = image.shape, rows.shape
-    block = tokens_at_once(m, b * q)
-    tiles = m // block
-    options = {"heads": heads, "epsilon": epsilon, "block": block, "interpret": here.interpret}
+    tiles = m // BLOCK
 
     return pl.pallas_call(
-        functools.partial(_to_tokens_body, **options),
+        functools.partial(_to_tokens_body, heads=heads, epsilon=epsilon, interpret=here.interpret),
         grid=(b * q * tiles,),
         in_specs=[
             _of_image(tiles * q, m, c),
@@ -327,7 +319,7 @@ def _tiles_of_map(
         ],
         out_specs=_of_prompt(tiles, q, m, c),
         out_shape=jax.ShapeDtypeStruct((b, q, m, c), image.dtype),
-        compiler_params=_params(max(r, block), stages=1),
+        compiler_params=_params(r),
         name="image_to_tokens",
         interpret=here.interpret,
     )(image, rows, *more)
@@ -347,7 +339,10 @@ def _to_image_body(
         top, total, sums = state
         tile = pl.ds((first + i) * STEP, STEP)
         x = plt.load(image.at[tile])
-        scores = dot(asked, (x + plt.load(positions.at[tile])).T, interpret)
+        # Not of their sum: with a tile and a sum of it in two products, Triton lets warps overwrite
+        # what others have yet to read.
+        scores = dot(asked, x.T, interpret)
+        scores += dot(asked, plt.load(positions.at[tile]).T, interpret)
         new = jnp.maximum(top, scores.max(1))
         found, less = jnp.exp2(scores - new[:, None]), jnp.exp2(top - new)
         sums = sums * less[:, None] + dot(found.astype(x.dtype), x, interpret)
@@ -397,7 +392,7 @@ def _parts_of_map(
         ],
         out_specs=tuple(of_part(*shape[3:]) for shape in shapes),
         out_shape=tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes),
-        compiler_params=_params(r, stages=3),
+        compiler_params=_params(r),
         name="tokens_to_image",
         interpret=here.interpret,
     )(image, rows, positions)

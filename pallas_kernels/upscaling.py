@@ -21,8 +21,9 @@ from pallas_kernels.dilated_attention import triton
 from pallas_kernels.dilated_attention.triton_kernels import div_rem, dot, plt
 from pallas_kernels.gelu import gelu, gelu_of_pairs
 from pallas_kernels.opaque import opaque
-from pallas_kernels.two_way import BLOCK, differentiable, last, normed, tokens_at_once
+from pallas_kernels.two_way import differentiable, last, normed
 
+BLOCK = 64  # tokens of a program
 MASKS = 4  # of a token's quarter: with four quarters a product's 16 columns
 
 
@@ -103,15 +104,15 @@ def plain_masks(
 
 def _body(
     image: Any, masks: Any, first: Any, between: Any, second: Any, bias: Any, out: Any, *,
-    width: int, count: int, epsilon: float, block: int, here: device.Device,
+    width: int, count: int, epsilon: float, here: device.Device,
 ) -> None:  # fmt: skip
     """One tile; refs of (m, c), (4 f, 16), (4, c, e), (3, e), (e, 4 f), (1, 4 f), (k, pixels)."""
-    start = pl.program_id(0) % (image.shape[0] // block) * block
-    x = plt.load(image.at[pl.ds(start, block)])
-    shape = block, 4 * MASKS
-    row, column = div_rem(start + lax.broadcasted_iota(jnp.int32, shape, 0), width)
-    quarter, which = div_rem(lax.broadcasted_iota(jnp.int32, shape, 1), MASKS)
-    down, across = div_rem(quarter, 2)
+    start = pl.program_id(0) % (image.shape[0] // BLOCK) * BLOCK
+    x = plt.load(image.at[pl.ds(start, BLOCK)])
+    shape = BLOCK, 2 * MASKS, 2  # pairs of neighbours, which are written together
+    token, pair, across = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(3))
+    row, column = div_rem(start + token, width)
+    which, down = div_rem(pair, 2)
     bias_1, scale, shift = (plt.load(between.at[pl.ds(i, 1)]).astype(jnp.float32) for i in range(3))
     bias_2 = bias[...].astype(jnp.float32)
     product = functools.partial(dot, interpret=here.interpret)
@@ -121,7 +122,7 @@ def _body(
         z = gelu_of_pairs((product(y, second[...]) + bias_2).astype(x.dtype), here)
         logits = product(z, masks[...])
         at = (4 * row + 2 * (half // 2) + down) * (4 * width) + 4 * column + 2 * (half % 2) + across
-        plt.store(out.at[which, at], logits.astype(out.dtype), mask=which < count)
+        plt.store(out.at[which, at], logits.astype(out.dtype).reshape(shape), mask=which < count)
 
 
 def _masks(
@@ -132,7 +133,7 @@ def _masks(
     e, *_, f = weights.second.shape
     # A quarter's channels meet the columns of its own masks alone.
     padded = jnp.pad(masks, ((0, 0), (0, MASKS - k), (0, 0)))
-    apart = jnp.einsum("bkf,uv->bufvk", padded, jnp.eye(4, dtype=masks.dtype))
+    apart = jnp.einsum("bkf,uv->bufkv", padded, jnp.eye(4, dtype=masks.dtype))
     run = functools.partial(_tiles, size, k, epsilon, here)
     out = opaque(run, 2, "b m c, b f j, i c e, n e, e f, o f -> b k p", "b")(
         image,
@@ -150,16 +151,13 @@ def _tiles(
     masks: jax.Array, *shared: jax.Array,
 ) -> jax.Array:  # fmt: skip
     b, m, _ = image.shape
-    block = tokens_at_once(m, b)
-    tiles = m // block
+    tiles = m // BLOCK
 
     def of_image(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, *shape), lambda program: (program // tiles, 0, 0))
 
     return pl.pallas_call(
-        functools.partial(
-            _body, width=size[1], count=count, epsilon=epsilon, block=block, here=here
-        ),
+        functools.partial(_body, width=size[1], count=count, epsilon=epsilon, here=here),
         grid=(b * tiles,),
         in_specs=[
             *(of_image(*x.shape[1:]) for x in (image, masks)),
@@ -167,7 +165,7 @@ def _tiles(
         ],
         out_specs=of_image(count, 16 * m),
         out_shape=jax.ShapeDtypeStruct((b, count, 16 * m), image.dtype),
-        compiler_params=plt.CompilerParams(num_warps=block // 16, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         name="upscaled_masks",
         interpret=here.interpret,
     )(image, masks, *shared)

@@ -12,7 +12,7 @@ from samlight_jax.errors import InputError
 class Fake:
     """A subject whose calls are counted."""
 
-    side, exhausted = 64, MemoryError
+    side, exhausted, grows = 64, MemoryError, True
 
     def __init__(self, *, tiny):
         self.tiny, self.called, self.waited = tiny, 0, 0

@@ -18,6 +18,7 @@ CASES = {  # images, prompts of each, tokens, map, dtype, error
     "one image for all prompts": (1, 3, 7, 128, "bfloat16", 6e-2),
     "an image for each": (2, 1, 5, 64, "bfloat16", 6e-2),
     "more tokens": (2, 2, 19, 192, "float16", 8e-3),
+    "several tiles a program": (2, 64, 5, 256, "bfloat16", 6e-2),
     "plainly, in float32": (2, 3, 6, 30, "float32", 3e-5),
 }
 
