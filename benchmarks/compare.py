@@ -26,8 +26,9 @@ from pallas_kernels import measure
 from samlight_jax.errors import InputError, exit_on_error
 
 BATCHES = (1, 16, 64)
-PROMPTS = (1, 16, 256)
-SIDES = (512, 768, 1024, 1536, 2048)
+PREDICTED = (1, 16)  # boxes of a photograph
+PROMPTS = (1, 16, 256)  # of an embedding
+SIDES = (512, 1024, 2048)
 SPEND = 0.4  # seconds on one figure
 SUBJECTS = (*compare_subjects.SUBJECTS, *compare_automatic.SUBJECTS)
 Row = dict[str, Any]
@@ -134,12 +135,15 @@ def measured(subject: Any, *, tiny: bool = False) -> Row:
         if (call := subject.encoder(batch, side)) is not None:
             ms = timed(throughput, call)
             row["encoder_ms_per_image"][batch] = None if ms is None else measure.digits(ms / batch)
-    for key, make in (("predict_ms", subject.predict), ("prompts_ms", subject.prompts)):
-        calls = {n: call for n in (PROMPTS[:2] if tiny else PROMPTS) if (call := make(n))}
+    asked = ("predict_ms", subject.predict, PREDICTED), ("prompts_ms", subject.prompts, PROMPTS)
+    for key, make, counts in asked:
+        calls = {n: call for n in (counts[:2] if tiny else counts) if (call := make(n))}
         row[key] = {n: timed(latency, call) for n, call in calls.items()}
     row["side_ms"] = {}
     for other in ((side, 2 * side) if tiny else SIDES) if subject.grows else ():
-        if (call := subject.encoder(1, other)) is not None:
+        if other == side:
+            row["side_ms"][other] = row["encoder_ms_per_image"][1]
+        elif (call := subject.encoder(1, other)) is not None:
             row["side_ms"][other] = timed(throughput, call)
     return row
 

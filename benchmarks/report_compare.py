@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.cells import Rows
-from benchmarks.compare import PROMPTS, SIDES
+from benchmarks.compare import PREDICTED, PROMPTS, SIDES
 
 BASELINE = "torch sam_vit_h"  # SAM itself, as published
 TITLE = "{device}, {date}"
@@ -26,7 +26,7 @@ def encoders(values: dict[str, Any]) -> Rows:
         faster = f"{slowest / one:.1f}" if slowest and one else "-"
         found.append(
             (
-                *(_named(name, row), f"{row['encoder_parameters'] / 1e6:.1f}"),
+                *(_named(name, row, values), f"{row['encoder_parameters'] / 1e6:.1f}"),
                 *(_ms(row["encoder_latency_ms"]), _ms(one), faster),
                 *(_ms(batches.get(b)) for b in ("16", "64")),
                 _share(row, many, values),
@@ -38,13 +38,13 @@ def encoders(values: dict[str, Any]) -> Rows:
 
 def predictions(values: dict[str, Any]) -> Rows:
     """From a photograph on the device to masks there, and prompts on an embedding."""
-    counts = [str(n) for n in PROMPTS]
-    head = *(f"predict, {n}" for n in counts), *(f"prompts alone, {n}" for n in counts)
+    asked = ("predict", "predict_ms", PREDICTED), ("prompts alone", "prompts_ms", PROMPTS)
+    head = (f"{what}, {n}" for what, _, counts in asked for n in counts)
     found: list[Sequence[str]] = [(f"ms, by boxes, {TITLE}", *head)]
     for name, row in _timed(values, "predict_ms").items():
-        cells = [row[key].get(n) for key in ("predict_ms", "prompts_ms") for n in counts]
+        cells = [row[key].get(str(n)) for _, key, counts in asked for n in counts]
         if any(cells):
-            found.append((_named(name, row), *map(_ms, cells)))
+            found.append((_named(name, row, values), *map(_ms, cells)))
     return found
 
 
@@ -55,7 +55,7 @@ def growth(values: dict[str, Any]) -> Rows:
     for name, row in _timed(values, "side_ms").items():
         cells = [row["side_ms"].get(side) for side in sides]
         if len([cell for cell in cells if cell]) > 1:
-            found.append((_named(name, row), *map(_ms, cells)))
+            found.append((_named(name, row, values), *map(_ms, cells)))
     return found
 
 
@@ -66,8 +66,7 @@ def automatic(values: dict[str, Any]) -> Rows:
     for name, row in _timed(values, "automatic_ms").items():
         times = (_ms(row["automatic_ms"].get(n)) for n in ("64", "256"))
         memory = (f"{row[key]:.0f}" for key in ("memory_mib", "grown_mib"))
-        model = name.removeprefix("automatic masks, ")
-        found.append((f"`{model}`, {row['dtype']}", *times, str(row["masks"]), *memory))
+        found.append((_named(name, row, values), *times, str(row["masks"]), *memory))
     return found
 
 
@@ -76,11 +75,13 @@ def _timed(values: dict[str, Any], key: str) -> dict[str, dict[str, Any]]:
     return {name: row for name, row in values["rows"].items() if key in row}
 
 
-def _named(name: str, row: dict[str, Any]) -> str:
-    """A model, what runs it and how."""
-    model = name.removeprefix("torch ").split(",")[0]
-    mode = "" if row["mode"] in ("jit", "eager") else f", {row['mode']}"
-    return f"`{model}`, {row['framework'].split()[0]} {row['dtype']}{mode}"
+def _named(name: str, row: dict[str, Any], values: dict[str, Any]) -> str:
+    """A model, what runs it and how, and when, if not on the table's date."""
+    model = name.removeprefix("automatic masks, ").removeprefix("torch ").split(",")[0]
+    by = row.get("framework", "torch" if "torch " in name else "jax").split()[0]
+    mode = "" if row.get("mode", "jit") in ("jit", "eager") else f", {row['mode']}"
+    when = "" if row["date"] == values["date"] else f", {row['date']}"
+    return f"`{model}`, {by} {row['dtype']}{mode}{when}"
 
 
 def _ms(ms: float | None) -> str:

