@@ -23,11 +23,15 @@ class Ours:
       name: of a preset; its weights where they are there, else random ones.
       dtype: of parameters and products.
       tiny: at a small side.
+
+    Attributes:
+      options: of XLA: cuBLAS, which computes bias and GELU within a product, rather than Triton.
     """
 
     def __init__(self, name: str, dtype: str, *, tiny: bool):
         import jax
 
+        self.options: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False}
         self.jax, self.side = jax, TINY_SIDE if tiny else SIDE
         self.exhausted = jax.errors.JaxRuntimeError
         self.name, self.dtype, self.result = name, dtype, None
@@ -82,10 +86,8 @@ class Ours:
         return call
 
     def _jit(self, function: Any) -> Any:
-        # cuBLAS, which computes bias and GELU within a product, rather than Triton.
         return self.jax.jit(
-            lambda model, *args: function(model.model(), *args),
-            compiler_options={"xla_gpu_enable_triton_gemm": False},
+            lambda model, *args: function(model.model(), *args), compiler_options=self.options
         )
 
     def encoder(self, batch: int, side: int) -> Call:

@@ -251,6 +251,15 @@ TABLES: tuple[tuple[str, str, Table, str], ...] = (  # page, name of its markers
     ("docs/performance.md", "encoders", report_compare.encoders, "compare_h200.json"),
     ("docs/performance.md", "predictions", report_compare.predictions, "compare_h200.json"),
     ("docs/performance.md", "growth", report_compare.growth, "compare_h200.json"),
+    ("docs/performance.md", "kernels", report_compare.kernels, "profile_h200.json"),
+    (
+        *("docs/performance.md", "ablation_encoder"),
+        *(report_compare.ablation("encoder", "photographs"), "ablation_h200.json"),
+    ),
+    (
+        *("docs/performance.md", "ablation_decoder"),
+        *(report_compare.ablation("decoder", "prompts"), "ablation_h200.json"),
+    ),
     ("docs/automatic_masks.md", "automatic", report_compare.automatic, "compare_h200.json"),
     ("docs/kernels.md", "forward", every_row(FORWARD), "attention_h200.json"),
     ("docs/kernels.md", "both", every_row(BOTH), "attention_h200.json"),
@@ -286,7 +295,8 @@ def report(check: bool = False) -> None:
     """
     for page, name, table, results in TABLES:
         text = (ROOT / page).read_text()
-        values = json.loads((ROOT / "benchmarks" / "results" / results).read_text())
+        path = ROOT / "benchmarks" / "results" / results
+        values = json.loads(path.read_text()) if path.exists() else {}
         block = f"<!-- {name} -->\n\n{markdown(table, values)}\n\n<!-- /{name} -->"
         pattern = rf"<!-- {name} -->.*<!-- /{name} -->"
         new, count = re.subn(pattern, lambda _, block=block: block, text, flags=re.DOTALL)

@@ -1,8 +1,9 @@
-"""Tables of `benchmarks.compare`: encoders, predictions, growth and automatic masks."""
+"""Tables of `benchmarks.compare`, `profile` and `ablation`: models, kernels and their worth."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.cells import Rows
@@ -10,6 +11,13 @@ from benchmarks.compare import PREDICTED, PROMPTS, SIDES
 
 BASELINE = "torch sam_vit_h"  # SAM itself, as published
 TITLE = "{device}, {date}"
+KINDS = {  # of kernels, by names in a trace; the first that is found
+    "convolutions": r"fprop|cudnn",
+    "products": r"nvjet|gemm|gemv|cutlass|splitK",
+    "attention of the encoder": r"mosaic_gpu|dilated",
+    r"`\1`": r"^(depthwise_conv_norm|patch_conv_gelu|[a-z]+_to_[a-z]+?|upscaled_masks)(__\d+)?$",
+    "element by element, norms, copies": r"",
+}
 
 
 def encoders(values: dict[str, Any]) -> Rows:
@@ -68,6 +76,47 @@ def automatic(values: dict[str, Any]) -> Rows:
         memory = (f"{row[key]:.0f}" for key in ("memory_mib", "grown_mib"))
         found.append((_named(name, row, values), *times, str(row["masks"]), *memory))
     return found
+
+
+def kernels(values: dict[str, Any]) -> Rows:
+    """Of a profile: microseconds of each kind of kernel in a call, and how many there are."""
+    spent: dict[str, dict[str, tuple[int, float]]] = {}
+    for call, row in values["calls"].items():
+        for name, (times, us) in row.items():
+            for of in (_kind(name), "all"):
+                count, total = spent.setdefault(of, {}).get(call, (0, 0.0))
+                spent[of][call] = count + times, total + us
+    order = sorted(spent, key=lambda of: -max(us for _, us in spent[of].values()))
+    found: list[Sequence[str]] = [(f"us (kernels), {TITLE}", *values["calls"])]
+    for of in (*order[1:], "all"):
+        cells = (spent[of].get(call) for call in values["calls"])
+        found.append((of, *(f"{cell[1]:.0f} ({cell[0]})" if cell else "-" for cell in cells)))
+    return found
+
+
+def _kind(name: str) -> str:
+    for kind, pattern in KINDS.items():
+        if match := re.search(pattern, name):
+            return match.expand(kind)
+    raise AssertionError(name)  # the last pattern finds everything
+
+
+def ablation(part: str, what: str) -> Callable[[dict[str, Any]], Rows]:
+    """Milliseconds of a part with one thing changed, and how much longer that takes."""
+
+    def table(values: dict[str, Any]) -> Rows:
+        base, *_ = values[part].values()
+        head = (f"{n} {what}, ms" for n in base)
+        found: list[Sequence[str]] = [(f"{part}, {TITLE}", *head)]
+        for name, row in values[part].items():
+            cells = (
+                _ms(ms) if ms is None or row is base else f"{_ms(ms)} ({ms / base[n] - 1:+.0%})"
+                for n, ms in row.items()
+            )
+            found.append((name, *cells))
+        return found
+
+    return table
 
 
 def _timed(values: dict[str, Any], key: str) -> dict[str, dict[str, Any]]:

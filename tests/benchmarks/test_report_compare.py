@@ -67,3 +67,26 @@ def test_growth_needs_two_sides(some):
 def test_automatic_masks(some):
     _, *rows = report_compare.automatic(some)
     assert rows == [("`samlight_t`, jax bfloat16, 2026-01-01", "71", "51.6", "32", "305", "0")]
+
+
+def test_kernels_of_a_profile_by_kind():
+    one = {"nvjet_tst_128x96": [6, 60.0], "sm90_xmma_fprop_implicit_gemm": [2, 25.5]}
+    many = {"image_to_tokens__1": [1, 600.0], "image_to_tokens": [1, 500.0], "fusion_7": [3, 9.0]}
+    values = {"device": "X", "date": "today", "calls": {"encoder of 1": one, "256 prompts": many}}
+    assert report_compare.kernels(values) == [
+        ("us (kernels), {device}, {date}", "encoder of 1", "256 prompts"),
+        ("`image_to_tokens`", "-", "1100 (2)"),
+        ("products", "60 (6)", "-"),
+        ("convolutions", "26 (2)", "-"),
+        ("element by element, norms, copies", "-", "9 (3)"),
+        ("all", "86 (8)", "1109 (5)"),
+    ]
+
+
+def test_what_a_kernel_is_worth():
+    rows = {"as it is": {"1": 0.5, "16": 4.0}, "without": {"1": 0.55, "16": None}}
+    assert report_compare.ablation("encoder", "photographs")({"encoder": rows}) == [
+        ("encoder, {device}, {date}", "1 photographs, ms", "16 photographs, ms"),
+        ("as it is", "0.5", "4"),
+        ("without", "0.55 (+10%)", "-"),
+    ]
