@@ -34,7 +34,7 @@ def encoders(values: dict[str, Any]) -> Rows:
         faster = f"{slowest / one:.1f}" if slowest and one else "-"
         found.append(
             (
-                *(_named(name, row, values), f"{row['encoder_parameters'] / 1e6:.1f}"),
+                *(named(name, row, values), f"{row['encoder_parameters'] / 1e6:.1f}"),
                 *(_ms(row["encoder_latency_ms"]), _ms(one), faster),
                 *(_ms(batches.get(b)) for b in ("16", "64")),
                 _share(row, many, values),
@@ -52,7 +52,7 @@ def predictions(values: dict[str, Any]) -> Rows:
     for name, row in _timed(values, "predict_ms").items():
         cells = [row[key].get(str(n)) for _, key, counts in asked for n in counts]
         if any(cells):
-            found.append((_named(name, row, values), *map(_ms, cells)))
+            found.append((named(name, row, values), *map(_ms, cells)))
     return found
 
 
@@ -63,7 +63,7 @@ def growth(values: dict[str, Any]) -> Rows:
     for name, row in _timed(values, "side_ms").items():
         cells = [row["side_ms"].get(side) for side in sides]
         if len([cell for cell in cells if cell]) > 1:
-            found.append((_named(name, row, values), *map(_ms, cells)))
+            found.append((named(name, row, values), *map(_ms, cells)))
     return found
 
 
@@ -74,7 +74,7 @@ def automatic(values: dict[str, Any]) -> Rows:
     for name, row in _timed(values, "automatic_ms").items():
         times = (_ms(row["automatic_ms"].get(n)) for n in ("64", "256"))
         memory = (f"{row[key]:.0f}" for key in ("memory_mib", "grown_mib"))
-        found.append((_named(name, row, values), *times, str(row["masks"]), *memory))
+        found.append((named(name, row, values), *times, str(row["masks"]), *memory))
     return found
 
 
@@ -124,7 +124,7 @@ def _timed(values: dict[str, Any], key: str) -> dict[str, dict[str, Any]]:
     return {name: row for name, row in values["rows"].items() if key in row}
 
 
-def _named(name: str, row: dict[str, Any], values: dict[str, Any]) -> str:
+def named(name: str, row: dict[str, Any], values: dict[str, Any]) -> str:
     """A model, what runs it and how, and when, if not on the table's date."""
     model = name.removeprefix("automatic masks, ").removeprefix("torch ").split(",")[0]
     by = row.get("framework", "torch" if "torch " in name else "jax").split()[0]
