@@ -287,6 +287,12 @@ def markdown(table: Table, values: dict[str, Any]) -> str:
     return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
 
 
+def measured(results: str) -> dict[str, Any]:
+    """A JSON's values; none where nothing was measured yet."""
+    path = ROOT / "benchmarks" / "results" / results
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def report(check: bool = False) -> None:
     """Writes each table between its markers.
 
@@ -295,9 +301,7 @@ def report(check: bool = False) -> None:
     """
     for page, name, table, results in TABLES:
         text = (ROOT / page).read_text()
-        path = ROOT / "benchmarks" / "results" / results
-        values = json.loads(path.read_text()) if path.exists() else {}
-        block = f"<!-- {name} -->\n\n{markdown(table, values)}\n\n<!-- /{name} -->"
+        block = f"<!-- {name} -->\n\n{markdown(table, measured(results))}\n\n<!-- /{name} -->"
         pattern = rf"<!-- {name} -->.*<!-- /{name} -->"
         new, count = re.subn(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
         if count != 1:

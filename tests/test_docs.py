@@ -4,7 +4,6 @@ import argparse
 import functools
 import importlib
 import inspect
-import json
 import os
 import re
 import shlex
@@ -20,7 +19,7 @@ from PIL import Image
 
 import pallas_kernels
 import samlight_jax
-from benchmarks.report import TABLES, markdown
+from benchmarks.report import TABLES, markdown, measured
 from samlight_jax import cli, weights
 from samlight_jax.config import PRESETS
 from tests.models import TINY, random_arrays, random_model
@@ -226,8 +225,9 @@ def test_every_generated_table_is_what_the_json_says():
     for page, text in PAGES.items():
         for name, block in re.findall(r"<!-- (\w+) -->\n\n(.*?)\n\n<!-- /\1 -->", text, re.DOTALL):
             rows, results = tables[name]
-            values = json.loads((ROOT / "benchmarks" / "results" / results).read_text())
-            assert block == markdown(rows, values), f"docs/{page}.md: {name}; run make bench"
+            assert block == markdown(rows, measured(results)), (
+                f"docs/{page}.md: {name}; run make bench"
+            )
             found += 1
     assert found == sum(text.count("<!-- /") for text in PAGES.values()) and found >= 10
 
