@@ -55,7 +55,7 @@ def gelu_in_triton(x: jax.Array, interpret: bool) -> jax.Array:
 
 
 def gelu_of_pairs(x: jax.Array, here: Device) -> jax.Array:
-    """Of bfloat16, two numbers by each instruction where a device has them; half the time."""
+    """The same of bfloat16 and in it: two numbers by each instruction where a device has them."""
     if here.interpret or (here.capability or (0, 0)) < (9, 0):
         return gelu_in_triton(x.astype(jnp.float32), here.interpret).astype(x.dtype)
     result = jax.ShapeDtypeStruct(x.shape, x.dtype)

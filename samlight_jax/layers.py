@@ -78,9 +78,8 @@ class PatchConv(nnx.Module):
     ) -> Float[Array, "b h w d"]:
         """The convolution of `x`, cut to whole patches; with `activate` its GELU."""
         kernel = self.kernel[...]
-        x = x[
-            :, : x.shape[1] // len(kernel) * len(kernel), : x.shape[2] // len(kernel) * len(kernel)
-        ]
+        height, width = (side - side % len(kernel) for side in x.shape[1:3])
+        x = x[:, :height, :width]
         if activate and self.bias is not None:
             return patch_conv.patch_conv_gelu(x, kernel, self.bias[...])
         y = patch_conv.product(x, kernel)
