@@ -14,36 +14,37 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import jax
 import tyro
 
 from benchmarks import compare
 from benchmarks.attention import RESULTS
 from benchmarks.compare_subjects import Ours
+from benchmarks.profile import needs_gpu
 from pallas_kernels import measure
-from samlight_jax.errors import InputError, exit_on_error
+from samlight_jax.errors import exit_on_error
 
-AS_IT_IS = "as it is"
 ENCODER, DECODER = "encoder", "decoder"
 Change = tuple[tuple[str, ...], dict[str, Any]]  # kernels switched off, options of XLA
 ATTENTION = "dilated_attention.mosaic_gpu", "dilated_attention.triton"
+OF_XLA: dict[str, Change] = {
+    "products by XLA's Triton": ((), {"xla_gpu_enable_triton_gemm": True}),
+    "without CUDA graphs": ((), {"xla_gpu_enable_command_buffer": ""}),
+}
 CHANGES: dict[str, dict[str, Change]] = {
     ENCODER: {
-        AS_IT_IS: ((), {}),
+        "as it is": ((), {}),
         "attention by Triton": (ATTENTION[:1], {}),
         "attention by cuDNN": ((*ATTENTION, "dilated_attention.jax_triton"), {}),
         "local convolution and norm apart": (("depthwise_norm",), {}),
         "local convolution by XLA": (("depthwise_norm", "depthwise_conv"), {}),
         "patches copied, then multiplied": (("patch_conv",), {}),
-        "products by XLA's Triton": ((), {"xla_gpu_enable_triton_gemm": True}),
-        "without CUDA graphs": ((), {"xla_gpu_enable_command_buffer": ""}),
+        **OF_XLA,
     },
     DECODER: {
-        AS_IT_IS: ((), {}),
+        "as it is": ((), {}),
         "attention by XLA": (("two_way",), {}),
         "upscaling by XLA": (("upscaling",), {}),
-        "products by XLA's Triton": ((), {"xla_gpu_enable_triton_gemm": True}),
-        "without CUDA graphs": ((), {"xla_gpu_enable_command_buffer": ""}),
+        **OF_XLA,
     },
 }
 
@@ -67,8 +68,8 @@ def main() -> None:
 
 
 def _main(options: Options) -> None:
-    if jax.default_backend() != "gpu" and not options.tiny:
-        raise InputError(f"This machine's device is a {jax.default_backend()}; expected a GPU.")
+    if not options.tiny:
+        needs_gpu()
     subject = Ours("samlight_t", "bfloat16", tiny=options.tiny)
     report: dict[str, Any] = {**measure.machine(), ENCODER: {}, DECODER: {}}
     path = options.output or RESULTS / f"ablation_{measure.slug(report['device'])}.json"
@@ -97,10 +98,7 @@ def timed(subject: Ours, part: str, *, tiny: bool) -> dict[str, float | None]:
     row: dict[str, float | None] = {}
     for count in counts:
         call = subject.encoder(count, subject.side) if part == ENCODER else subject.prompts(count)
-        try:
-            row[str(count)] = compare.throughput(call, subject.wait)
-        except subject.exhausted:
-            row[str(count)] = None
+        row[str(count)] = compare.fitting(subject, compare.throughput, call)
     return row
 
 

@@ -9,6 +9,7 @@ timed, an embedding is held against the same weights' in float32.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -118,14 +119,7 @@ def _row(name: str, options: Options) -> Row:
 
 def measured(subject: Any, *, tiny: bool = False) -> Row:
     """All figures of a subject; what it has no way to make is left out, what does not fit None."""
-
-    def timed(by: Callable[..., float], call: Callable[[], Any]) -> float | None:
-        try:
-            return by(call, subject.wait)
-        except subject.exhausted:
-            return None
-
-    side = subject.side
+    timed, side = functools.partial(fitting, subject), subject.side
     row: Row = {**subject.described(), "parity": subject.parity()}
     row["mask_parity"] = subject.mask_parity()
     row["encoder_latency_ms"] = timed(latency, subject.encoder(1, side))
@@ -140,12 +134,21 @@ def measured(subject: Any, *, tiny: bool = False) -> Row:
         calls = {n: call for n in (counts[:2] if tiny else counts) if (call := make(n))}
         row[key] = {n: timed(latency, call) for n, call in calls.items()}
     row["side_ms"] = {}
-    for other in ((side, 2 * side) if tiny else SIDES) if subject.grows else ():
+    sides = (side, 2 * side) if tiny else SIDES
+    for other in sides if subject.grows else ():
         if other == side:
             row["side_ms"][other] = row["encoder_ms_per_image"][1]
         elif (call := subject.encoder(1, other)) is not None:
             row["side_ms"][other] = timed(throughput, call)
     return row
+
+
+def fitting(subject: Any, by: Callable[..., float], call: Callable[[], Any]) -> float | None:
+    """Milliseconds of a subject's call by `latency` or `throughput`; None if it does not fit."""
+    try:
+        return by(call, subject.wait)
+    except subject.exhausted:
+        return None
 
 
 def latency(call: Callable[[], Any], wait: Callable[[], None]) -> float:

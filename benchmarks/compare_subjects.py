@@ -92,18 +92,18 @@ class Ours:
 
     def encoder(self, batch: int, side: int) -> Call:
         """A call that encodes a batch of normalised squares."""
+        return self._call(_embed, *self._to_encode(batch, side))
+
+    def _to_encode(self, batch: int, side: int) -> tuple[Any, Any]:
+        """An encoder's arrays, and a batch of squares of its side."""
         from samlight_jax.flat import ENCODER, flat
 
         model = self.model if side == self.side else self._cast(self._built(side))
-        pixels = self.jax.numpy.zeros((batch, side, side, 3), self.dtype)
-        return self._call(_embed, flat(model, ENCODER), pixels)
+        return flat(model, ENCODER), self.jax.numpy.zeros((batch, side, side, 3), self.dtype)
 
     def memory_mib(self) -> float:
         """Of the encoder of one image: arguments, result and what lies between, as compiled."""
-        from samlight_jax.flat import ENCODER, flat
-
-        pixels = self.jax.numpy.zeros((1, self.side, self.side, 3), self.dtype)
-        compiled = self._jit(_embed).lower(flat(self.model, ENCODER), pixels).compile()
+        compiled = self._jit(_embed).lower(*self._to_encode(1, self.side)).compile()
         sizes = compiled.memory_analysis()
         parts = sizes.argument_size_in_bytes, sizes.output_size_in_bytes, sizes.temp_size_in_bytes
         return round(sum(parts) / 2**20, 1)

@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import tyro
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from benchmarks.attention import DENSE, DIRECTIONS, RESULTS, UNFUSED
 from samlight_jax.errors import exit_on_error
@@ -59,8 +60,21 @@ def plot(
         f"Dilated attention, bfloat16, {report['device']}, jax {report['jax']}, {report['date']}",
         fontsize=11,
     )
+    save(figure, output)
+
+
+def save(figure: Figure, output: Path) -> None:
+    """Writes the picture, whole or not at all."""
     write_whole(output, lambda scratch: figure.savefig(scratch, format="png", dpi=130))
     plt.close(figure)
+
+
+def rule(panel: Axes) -> None:
+    """A light grid behind the markers, and no frame but the scale's."""
+    panel.grid(axis="both", color="0.9", linewidth=0.8)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right", "left"]].set_visible(False)
+    panel.tick_params(axis="y", length=0)
 
 
 def _draw(panel: Axes, rows: list[dict[str, Any]], shapes: list[str], peak: float) -> None:
@@ -80,10 +94,7 @@ def _draw(panel: Axes, rows: list[dict[str, Any]], shapes: list[str], peak: floa
     )  # fmt: skip
     panel.set_xlim(0, peak * 1.03)
     panel.set_xlabel("TFLOP/s (of 2 products forward, 5 backward)")
-    panel.grid(axis="both", color="0.9", linewidth=0.8)
-    panel.set_axisbelow(True)
-    panel.spines[["top", "right", "left"]].set_visible(False)
-    panel.tick_params(axis="y", length=0)
+    rule(panel)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,8 @@ import tyro
 
 from benchmarks import report_compare
 from benchmarks.attention import RESULTS
-from benchmarks.plot import PICTURE
+from benchmarks.plot import PICTURE, rule, save
 from samlight_jax.errors import exit_on_error
-from samlight_jax.weights import write_whole
 
 COMPARED = PICTURE.with_name("compare.png")
 OURS, THEIRS = "#D55E00", "#0072B2"  # of Okabe and Ito
@@ -56,14 +55,10 @@ def plot(
     panel.set_xscale("log")
     panel.set_xlabel("ms of an encoder for a photograph of 1024x1024, calls in a row")
     panel.xaxis.set_major_formatter("{x:g}")
-    panel.grid(axis="both", color="0.9", linewidth=0.8)
-    panel.set_axisbelow(True)
-    panel.spines[["top", "right", "left"]].set_visible(False)
-    panel.tick_params(axis="y", length=0)
+    rule(panel)
     figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     figure.suptitle(f"Image encoders, {report['device']}, {report['date']}", fontsize=11)
-    write_whole(output, lambda scratch: figure.savefig(scratch, format="png", dpi=130))
-    plt.close(figure)
+    save(figure, output)
 
 
 if __name__ == "__main__":

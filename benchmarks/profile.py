@@ -54,8 +54,7 @@ def _main(options: Options) -> None:
     names = options.calls or tuple(CALLS)
     if unknown := [name for name in names if name not in CALLS]:
         raise InputError(f"--calls {unknown[0]!r}: expected some of {list(CALLS)}.")
-    if jax.default_backend() != "gpu":
-        raise InputError(f"This machine's device is a {jax.default_backend()}; expected a GPU.")
+    needs_gpu()
     subject = Ours("samlight_t", "bfloat16", tiny=False)
     report: dict[str, Any] = {**measure.machine(), "calls": {}}
     path = options.output or RESULTS / f"profile_{measure.slug(report['device'])}.json"
@@ -63,6 +62,12 @@ def _main(options: Options) -> None:
         report["calls"][name] = row = traced(CALLS[name](subject), subject.wait)
         measure.write_json(path, report)
         print(f"{name}: {sum(us for _, us in row.values()):.0f} us in {len(row)} kinds of kernels")
+
+
+def needs_gpu() -> None:
+    """Says so where there is none."""
+    if jax.default_backend() != "gpu":
+        raise InputError(f"This machine's device is a {jax.default_backend()}; expected a GPU.")
 
 
 def traced(call: Callable[[], Any], wait: Callable[[], None]) -> dict[str, list[float]]:

@@ -86,9 +86,10 @@ def kernels(values: dict[str, Any]) -> Rows:
             for of in (_kind(name), "all"):
                 count, total = spent.setdefault(of, {}).get(call, (0, 0.0))
                 spent[of][call] = count + times, total + us
-    order = sorted(spent, key=lambda of: -max(us for _, us in spent[of].values()))
+    kinds = [of for of in spent if of != "all"]
+    kinds.sort(key=lambda of: -max(us for _, us in spent[of].values()))
     found: list[Sequence[str]] = [(f"us (kernels), {TITLE}", *values["calls"])]
-    for of in (*order[1:], "all"):
+    for of in (*kinds, "all"):
         cells = (spent[of].get(call) for call in values["calls"])
         found.append((of, *(f"{cell[1]:.0f} ({cell[0]})" if cell else "-" for cell in cells)))
     return found
